@@ -1,0 +1,591 @@
+"""The curated dataset: three Delta tables under one output, which only a run's driver commits to.
+
+    <output>/annotations        one row per input row; this table's log is the state of the dataset
+    <output>/pairs              one row per kept image
+    <output>/_runs/quarantine   one row per unusable image
+    <output>/_runs/<run>/       what a run records of itself; the folder registers the run
+
+Workers write Parquet files into the tables' directories, as `shard=<shard>/<start>-<stop>-<run>-<attempt>.parquet`,
+the three files of one attempt under one name that no other attempt uses. A file is part of the dataset once a commit
+names it. Every commit takes the output's next *transaction number* and moves all three tables to it, annotations
+first; version n of one table goes with version n of the others.
+
+Two drivers. A commit carries its number as a Delta application transaction, so one that does not start from the newest
+fails (ConflictError). Delta alone would let two appends of one shard both pass.
+
+A driver's death. The annotations commit carries, in its commit info, what is to be done to the other two tables (the
+intent). Whoever opens the output for writing next finishes that, without recomputing anything.
+
+Vacuum deletes files that no version names. Those of another driver's unfinished work must not be among them if it can
+still commit them, so: a driver opens the output, which fixes the number it starts from, and registers its run after
+that, before its workers write. Vacuum (1) lists the registered runs, (2) marks them closed, (3) makes an empty commit,
+the fence, and (4) deletes the unnamed files of the listed runs. A listed run opened before the fence: its next commit
+conflicts. A later run may commit files that an earlier one left, but none of a run marked closed when it looks, which
+must be after it opened: if it opened before the fence it conflicts, if after, it sees the marks. So nothing deleted can
+be committed, and a run that is not listed loses nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, Self
+
+import fsspec.core
+import pyarrow as pa
+import pyarrow.compute as pc
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction
+from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
+from deltalake.transaction import AddAction, RemoveAction
+
+from capfilt.errors import ConflictError, DatasetError
+from capfilt.schema import ANNOTATIONS, PAIRS, PROVENANCE, QUARANTINE, SHARD, table_schema
+
+DIRECTORIES = {ANNOTATIONS: "annotations", PAIRS: "pairs", QUARANTINE: "_runs/quarantine"}
+"""Where each table lies under the output."""
+
+_APP = "capfilt"
+_FOLLOWERS = (PAIRS, QUARANTINE)
+_CLOSED = "closed"
+_RESERVED = {"quarantine", "receipts", _CLOSED}  # folders of _runs/ that are no run's
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_FILE_NAME = re.compile(r"\d+-\d+-(?P<run>.+)-[^-]+\.parquet")
+_FOREVER = "interval 36500 days"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows by status."""
+
+    kept: int = 0
+    dropped: int = 0
+    errors: int = 0
+
+    @property
+    def rows(self) -> int:
+        """All of them."""
+        return self.kept + self.dropped + self.errors
+
+    def __add__(self, other: Counts) -> Counts:
+        return Counts(self.kept + other.kept, self.dropped + other.dropped, self.errors + other.errors)
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A Parquet file a worker wrote: its path relative to the table's directory, its rows, its size in bytes."""
+
+    path: str
+    rows: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a shard was made from and with; at most ~64 characters each. `run` is the last of those that wrote it."""
+
+    input_id: str
+    caption_fingerprint: str
+    score_fingerprint: str
+    decide_fingerprint: str
+    run: str
+
+
+@dataclass(frozen=True)
+class ShardCommit:
+    """A whole shard, to replace whatever the dataset holds under its name.
+
+    Attributes:
+        shard: letters, digits, `.`, `_` and `-`.
+        rows: of the input file.
+        counts: of those rows.
+        annotations: at least one file, which may be without rows.
+        pairs, quarantine: may be empty. A pairs file has the name of the annotations file that its rows are of.
+    """
+
+    shard: str
+    rows: int
+    counts: Counts
+    provenance: Provenance
+    annotations: tuple[DataFile, ...]
+    pairs: tuple[DataFile, ...] = ()
+    quarantine: tuple[DataFile, ...] = ()
+
+    def check(self) -> None:
+        """Check row conservation, and that the files lie where they should.
+
+        Raises:
+            DatasetError: naming the shard and what does not add up.
+        """
+        counts, annotated = self.counts, sum(file.rows for file in self.annotations)
+        paired, quarantined = sum(file.rows for file in self.pairs), sum(file.rows for file in self.quarantine)
+        files = (*self.annotations, *self.pairs, *self.quarantine)
+        strays = [file.path for file in files if not file.path.startswith(f"{SHARD}={self.shard}/")]
+        strays += [file.path for file in files if _run_of(file.path) is None]
+        strays += {file.path for file in self.pairs} - {file.path for file in self.annotations}
+        problem = None
+        if not _NAME.fullmatch(self.shard):
+            problem = "its name may hold letters, digits, '.', '_' and '-' only"
+        elif not self.annotations:
+            problem = "no annotations file; a shard without rows has one without rows"
+        elif not self.rows == counts.rows == annotated:
+            problem = f"{self.rows} rows in, {annotated} rows annotated, {counts.rows} counted ({counts})"
+        elif paired != counts.kept:
+            problem = f"{counts.kept} rows kept, {paired} rows in pairs"
+        elif quarantined > counts.errors:
+            problem = f"{counts.errors} rows are errors, {quarantined} rows in quarantine"
+        elif strays:
+            problem = f"{strays[0]} has another shard's place, no run in its name, or no annotations to its pairs"
+        if problem:
+            raise DatasetError(f"shard {self.shard}: {problem}. Nothing was committed; report this bug")
+
+
+@dataclass(frozen=True)
+class ShardState:
+    """What the log tells of a committed shard. `kept` counts rows; `files` and `size` (bytes) its annotations."""
+
+    provenance: Provenance
+    rows: int
+    kept: int
+    files: int
+    size: int
+
+
+@dataclass(frozen=True)
+class Version:
+    """An entry of the dataset's history; `shards` is how many its commit wrote."""
+
+    version: int
+    time: datetime
+    shards: int
+
+
+class CuratedDataset:
+    """The curated dataset at one output, as it was when opened or last committed to. Not for use across threads."""
+
+    def __init__(self, output: str, options: Mapping[str, Any]) -> None:
+        """Touches nothing; use :meth:`for_reading` or :meth:`for_writing`."""
+        self.output = output.rstrip("/")
+        self._options = dict(options)
+        self._delta_options = _delta_options(output, options)
+        self._tables: dict[str, DeltaTable] = {}
+        self._present: dict[str, set[str]] = {}  # shards that have files, by table
+        self._transaction: int | None = None  # the number this writer builds on; None for a reader
+
+    @classmethod
+    def for_reading(cls, output: str, options: Mapping[str, Any]) -> Self:
+        """Open what is there. A commit that a driver left half done shows in the annotations only.
+
+        Args:
+            output: directory or URL.
+            options: fsspec's storage options for it, without secrets.
+
+        Raises:
+            DatasetError: there is no dataset, or its tables are not capfilt's.
+        """
+        dataset = cls(output, options)
+        for table in (*_FOLLOWERS, ANNOTATIONS):
+            dataset._load(table)
+        return dataset
+
+    @classmethod
+    def for_writing(cls, output: str, options: Mapping[str, Any]) -> Self:
+        """Create what is missing, open, and finish what a dead driver left half done.
+
+        Raises:
+            DatasetError: the tables are not capfilt's, or do not belong together.
+        """
+        dataset = cls(output, options)
+        # Annotations last, here and below: where they exist the others do, and the others are never seen ahead of them.
+        if not dataset._exists():
+            for table in (*_FOLLOWERS, ANNOTATIONS):
+                dataset._create(table)
+        for table in (*_FOLLOWERS, ANNOTATIONS):
+            dataset._load(table)
+        dataset._transaction = dataset._number(ANNOTATIONS)
+        dataset._recover(dataset._transaction)
+        return dataset
+
+    @classmethod
+    def committed_in(cls, output: str, options: Mapping[str, Any]) -> dict[str, ShardState]:
+        """What :meth:`committed` would say after opening; nothing if there is no dataset yet."""
+        return cls.for_reading(output, options).committed() if cls(output, options)._exists() else {}
+
+    # --- runs ---
+
+    def register(self, run: str, record: Mapping[str, Any]) -> None:
+        """Register a run, before its first worker starts, by writing its `run.json`."""
+        self._writable()
+        if not _NAME.fullmatch(run) or run in _RESERVED:
+            raise DatasetError(f"run {run!r}: letters, digits, '.', '_' and '-' only, and none of {sorted(_RESERVED)}")
+        self.write_run_file(run, "run.json", record)
+
+    def write_run_file(self, run: str, name: str, record: Mapping[str, Any]) -> None:
+        """Write `_runs/<run>/<name>` as JSON."""
+        fs, root = self._filesystem()
+        fs.pipe_file(f"{root}/_runs/{run}/{name}", json.dumps(record, indent=2).encode())
+
+    def closed_runs(self) -> set[str]:
+        """Runs whose uncommitted files no one may commit any more: vacuum may have deleted them."""
+        return self._names(f"_runs/{_CLOSED}")
+
+    # --- commits ---
+
+    def committed(self) -> dict[str, ShardState]:
+        """Every committed shard's state, from the log alone: no data file is opened.
+
+        A shard whose log entries lack capfilt's statistics, or differ (another tool rewrote its files), is left out: it
+        counts as pending, and committing it replaces those files.
+        """
+        actions = pa.table(self._tables[ANNOTATIONS].get_add_actions()).flatten()  # its own flatten is 15 times slower
+        sums = ("num_records", "null_count.reason", "size_bytes")
+        grouped = actions.group_by(f"partition.{SHARD}").aggregate(
+            [(f"{side}.{name}", side) for name in PROVENANCE for side in ("min", "max")]
+            + [(name, how) for name in sums for how in ("sum", "count")]
+        )
+        whole = pc.equal(grouped["size_bytes_count"], grouped["null_count.reason_count"])
+        for name in PROVENANCE[:-1]:
+            whole = pc.and_(whole, pc.equal(grouped[f"min.{name}_min"], grouped[f"max.{name}_max"]))
+        grouped = grouped.filter(whole)  # null, which is to say unknown, is not whole
+        columns = [f"partition.{SHARD}", *(f"{name}_sum" for name in sums), "size_bytes_count"]
+        columns += [f"max.{name}_max" for name in PROVENANCE]
+        once: dict[str, str] = {}  # 100,000 shards share a few fingerprints
+        return {
+            shard: ShardState(Provenance(*(once.setdefault(text, text) for text in texts)), rows, kept, files, size)
+            for shard, rows, kept, size, files, *texts in zip(*(grouped[c].to_pylist() for c in columns), strict=True)
+        }
+
+    def commit(self, shards: Sequence[ShardCommit]) -> int:
+        """Make whole shards part of the dataset, each in place of whatever it held under that name: all, or none.
+
+        Returns:
+            The version of the annotations that holds them.
+
+        Raises:
+            DatasetError: a shard's rows do not add up, or one comes twice. Nothing was committed.
+            ConflictError: another driver committed since this one opened. Nothing was committed.
+        """
+        transaction = self._writable()
+        for shard in shards:
+            shard.check()
+        names = [shard.shard for shard in shards]
+        if twice := [name for name, times in Counter(names).items() if times > 1]:
+            raise DatasetError(f"shard {twice[0]}: twice in one commit. Nothing was committed; report this bug")
+        if self._number(ANNOTATIONS) != transaction:
+            raise self._conflict()
+        intent = {
+            "transaction": transaction + 1,
+            "shards": names,
+            PAIRS: [(file.path, file.rows, file.size) for shard in shards for file in shard.pairs],
+            QUARANTINE: [(file.path, file.rows, file.size) for shard in shards for file in shard.quarantine],
+        }
+        try:
+            self._write(ANNOTATIONS, intent, [add for shard in shards for add in _annotation_adds(shard)])
+        except CommitFailedError as error:
+            raise self._conflict() from error
+        self._transaction = transaction + 1
+        version = self._tables[ANNOTATIONS].version()
+        for table in _FOLLOWERS:
+            self._roll_forward(table, intent)
+        return version
+
+    def vacuum(self, retain_hours: float | None = None) -> int:
+        """Delete files that no version names, and with `retain_hours` those replaced longer ago than that.
+
+        Stops every other run that is writing to the output (the module's docstring says how), and takes the caller's
+        own uncommitted files, too. After it, if nothing was ever replaced or `retain_hours` is 0, a reader of a table's
+        `shard=*/*.parquet` sees exactly the newest version.
+
+        Args:
+            retain_hours: None keeps every version readable.
+
+        Returns:
+            Number of files deleted.
+
+        Raises:
+            ConflictError: another driver committed since this one opened. Nothing was deleted.
+        """
+        self._writable()
+        fs, root = self._filesystem()
+        runs = self._names("_runs") - _RESERVED
+        for run in sorted(runs - self.closed_runs()):
+            fs.pipe_file(f"{root}/_runs/{_CLOSED}/{run}", b"")
+        self.commit([])
+        doomed = []
+        for table, delta in self._tables.items():
+            replaced = _vacuumable(delta, 0, full=False)
+            files = {path for path in _vacuumable(delta, 0, full=True) - replaced if _run_of(path) in runs}
+            if retain_hours is not None:
+                files |= _vacuumable(delta, math.ceil(retain_hours), full=False)
+            doomed += [f"{root}/{DIRECTORIES[table]}/{path}" for path in files]
+        deleted = 0
+        for path in doomed:
+            with suppress(FileNotFoundError):  # gone since an earlier vacuum, which the log need not tell
+                fs.rm_file(path)
+                deleted += 1
+        return deleted
+
+    # --- reading ---
+
+    def versions(self) -> dict[str, int]:
+        """Delta version by table, as opened or last committed."""
+        return {table: self._tables[table].version() for table in DIRECTORIES}
+
+    def history(self, limit: int | None = None) -> list[Version]:
+        """The newest versions of the annotations, newest first; all if `limit` is None, which reads the whole log."""
+        return [
+            Version(
+                entry["version"],
+                datetime.fromtimestamp(entry["timestamp"] / 1000, UTC),
+                len(entry.get(_APP, {}).get("shards", ())),
+            )
+            for entry in self._connect(ANNOTATIONS).history(limit)  # an older object would number them wrongly
+        ]
+
+    def annotations(self, version: int | None = None) -> Any:
+        """The annotations as a pyarrow Dataset; as opened if `version` is None.
+
+        Raises:
+            DatasetError: there is no such version.
+        """
+        return self._read(ANNOTATIONS, version)
+
+    def pairs(self, version: int | None = None) -> Any:
+        """The pairs, as :meth:`annotations`."""
+        return self._read(PAIRS, version)
+
+    def quarantine(self, version: int | None = None) -> Any:
+        """The quarantine, as :meth:`annotations`."""
+        return self._read(QUARANTINE, version)
+
+    def reasons(self) -> dict[tuple[str, str | None], int]:
+        """Rows by (status, reason), most first. Reads these two columns of every annotations file."""
+        total: Counter[tuple[str, str | None]] = Counter()
+        for batch in self.annotations().to_batches(columns=["status", "reason"]):
+            groups = pa.table(batch).group_by(["status", "reason"]).aggregate([([], "count_all")])
+            for row in groups.to_pylist():
+                total[row["status"], row["reason"]] += row["count_all"]
+        return dict(total.most_common())
+
+    # --- one table ---
+
+    def _uri(self, table: str) -> str:
+        return f"{self.output}/{DIRECTORIES[table]}"
+
+    def _exists(self) -> bool:
+        try:
+            return DeltaTable.is_deltatable(self._uri(ANNOTATIONS), self._delta_options)
+        except (DeltaError, OSError) as error:
+            raise DatasetError(f"{self.output}: cannot be looked at: {error}") from error
+
+    def _connect(self, table: str, version: int | None = None) -> DeltaTable:
+        return DeltaTable(self._uri(table), version=version, storage_options=self._delta_options)
+
+    def _load(self, table: str) -> None:
+        """Take up a table's newest version, if it is one of ours."""
+        try:
+            delta = self._connect(table)
+        except TableNotFoundError as error:
+            hint = "`capfilt run` with this output makes one"
+            if table != ANNOTATIONS and self._exists():
+                hint = "the Delta table in annotations/ is another's, or this one was removed; give another output"
+            raise DatasetError(f"{self._uri(table)}: no curated dataset there; {hint} ({error})") from error
+        except (DeltaError, OSError) as error:
+            raise DatasetError(f"{self._uri(table)}: cannot be opened: {error}") from error
+        if delta.schema() != _schema(table) or delta.metadata().partition_columns != [SHARD]:
+            raise DatasetError(f"{self._uri(table)}: a Delta table, but not capfilt's {table}; give another output")
+        self._tables[table] = delta
+        self._present[table] = set(pa.table(delta.get_add_actions()).flatten()[f"partition.{SHARD}"].to_pylist())
+
+    def _create(self, table: str) -> None:
+        """Make an empty table, unless another driver is faster."""
+        # A pretraining run names the version it learnt from: versions stay until vacuum is told how many hours to keep.
+        configuration = {"delta.logRetentionDuration": _FOREVER, "delta.deletedFileRetentionDuration": _FOREVER}
+        if table == ANNOTATIONS:
+            configuration["delta.dataSkippingStatsColumns"] = ",".join(("reason", *PROVENANCE))
+        try:
+            DeltaTable.create(
+                self._uri(table),
+                _schema(table),
+                mode="ignore",
+                partition_by=[SHARD],
+                name=table,
+                description="written by capfilt; see the dataset's run records in _runs/",
+                configuration=configuration,
+                storage_options=self._delta_options,
+                commit_properties=CommitProperties(app_transactions=[Transaction(_APP, 0)]),
+            )
+        except CommitFailedError:
+            pass  # made between the look and the commit; whose it is shows when it is loaded
+        except (DeltaError, OSError) as error:
+            raise DatasetError(f"{self._uri(table)}: cannot be created: {error}") from error
+
+    def _number(self, table: str) -> int:
+        """The transaction number of a table as loaded."""
+        return self._tables[table].transaction_version(_APP) or 0
+
+    def _write(self, table: str, intent: Mapping[str, Any], adds: list[AddAction | RemoveAction]) -> None:
+        """Commit an intent to one table. Raises CommitFailedError if a driver did so since the table was loaded."""
+        delta = self._tables[table]
+        replaced = self._present[table].intersection(intent["shards"])
+        delta.create_write_transaction(
+            adds,
+            "overwrite" if replaced else "append",  # an overwrite takes three times as long, even of nothing
+            _schema(table),
+            [SHARD],
+            [(SHARD, "in", sorted(replaced))] if replaced else None,
+            commit_properties=CommitProperties(
+                custom_metadata={_APP: intent} if table == ANNOTATIONS else None,
+                app_transactions=[Transaction(_APP, intent["transaction"])],
+            ),
+        )
+        delta.update_incremental()
+        self._present[table] -= replaced
+        self._present[table].update(_shard_of(add.path) for add in adds)
+
+    # --- all tables ---
+
+    def _roll_forward(self, table: str, intent: Mapping[str, Any]) -> None:
+        """Bring another table to the annotations' transaction, unless someone else did."""
+        for _ in range(5):
+            if self._number(table) >= intent["transaction"]:
+                return
+            if self._number(table) < intent["transaction"] - 1:
+                raise self._torn(table, intent["transaction"])
+            try:
+                self._write(table, intent, [_add(path, size, rows) for path, rows, size in intent[table]])
+                return
+            except CommitFailedError:  # someone finished it for us, or maintained the table: look again
+                self._load(table)
+        raise self._conflict()
+
+    def _recover(self, transaction: int) -> None:
+        """Finish the newest annotations commit. Only the newest can be unfinished: each driver comes through here."""
+        for table in _FOLLOWERS:
+            if self._number(table) > transaction:
+                raise self._torn(table, transaction)
+            if self._number(table) < transaction:
+                self._load(table)  # it may have come along while the annotations were loaded
+                self._roll_forward(table, self._intent(transaction))
+
+    def _intent(self, transaction: int) -> Mapping[str, Any]:
+        for limit in (1, 30, 1000):  # the newest entry, unless another tool has maintained the table since
+            for entry in self._tables[ANNOTATIONS].history(limit):
+                intent: Mapping[str, Any] = entry.get(_APP, {})
+                if intent.get("transaction") == transaction:
+                    return intent
+        raise DatasetError(f"{self._uri(ANNOTATIONS)}: the log has lost transaction {transaction}; give another output")
+
+    def _torn(self, table: str, transaction: int) -> DatasetError:
+        return DatasetError(
+            f"{self._uri(table)}: at transaction {self._number(table)} where the annotations are at {transaction}: one "
+            "of the two was restored or replaced by hand; undo that, or give another output"
+        )
+
+    def _conflict(self) -> ConflictError:
+        return ConflictError(
+            f"{self.output}: another run is writing here and committed since this one began. This run stops; what was "
+            "committed stays, nothing is lost. Run again when the other has ended: it takes up what is still pending"
+        )
+
+    def _writable(self) -> int:
+        """The transaction number to build on."""
+        if self._transaction is None:
+            raise DatasetError(f"{self.output}: opened for reading; open it with CuratedDataset.for_writing")
+        return self._transaction
+
+    def _read(self, table: str, version: int | None) -> Any:
+        if version is None:
+            return self._tables[table].to_pyarrow_dataset()
+        try:
+            return self._connect(table, version).to_pyarrow_dataset()
+        except (DeltaError, OSError) as error:
+            newest = self._connect(table).version()
+            raise DatasetError(
+                f"{self._uri(table)}: no version {version} to read; the newest is {newest} ({error})"
+            ) from error
+
+    def _filesystem(self) -> tuple[Any, str]:
+        local = {} if "://" in self.output else {"auto_mkdir": True}
+        fs, root = fsspec.core.url_to_fs(self.output, **local, **self._options)
+        return fs, root
+
+    def _names(self, folder: str) -> set[str]:
+        """Names in a folder under the output, as they are now; none if it does not exist."""
+        fs, root = self._filesystem()
+        fs.invalidate_cache()
+        try:
+            return {path.rstrip("/").rpartition("/")[2] for path in fs.ls(f"{root}/{folder}", detail=False)}
+        except FileNotFoundError:
+            return set()
+
+
+def _schema(table: str) -> Schema:
+    return Schema.from_arrow(table_schema(table))
+
+
+def _shard_of(path: str) -> str:
+    return path.partition("/")[0].removeprefix(f"{SHARD}=")
+
+
+def _run_of(path: str) -> str | None:
+    match = _FILE_NAME.fullmatch(path.rpartition("/")[2])
+    return match["run"] if match else None
+
+
+def _add(path: str, size: int, rows: int, **stats: Mapping[str, Any]) -> AddAction:
+    """The log's entry for a file. Readers take a column without statistics as unknown."""
+    statistics = json.dumps({"numRecords": rows, **stats})
+    return AddAction(path, size, {SHARD: _shard_of(path)}, int(time.time() * 1000), True, statistics)
+
+
+def _annotation_adds(shard: ShardCommit) -> list[AddAction]:
+    """Entries whose statistics tell the shard's state: its provenance is the min and max of constant columns, its kept
+    rows are the nulls of `reason`. They are as true for any reader that skips files by them."""
+    kept = {file.path: file.rows for file in shard.pairs}
+    adds = []
+    for file in shard.annotations:
+        # A shard may hold files that an earlier run finished and did not live to commit.
+        constant = {**asdict(shard.provenance), "run": _run_of(file.path)}
+        nulls = {**dict.fromkeys(constant, 0), "reason": kept.get(file.path, 0)}
+        adds.append(_add(file.path, file.size, file.rows, minValues=constant, maxValues=constant, nullCount=nulls))
+    return adds
+
+
+def _vacuumable(delta: DeltaTable, hours: int, *, full: bool) -> set[str]:
+    """Files replaced `hours` ago or earlier and, if full, those in the directory that no version names."""
+    return set(delta.vacuum(hours, dry_run=True, enforce_retention_duration=False, full=full))
+
+
+def _delta_options(output: str, options: Mapping[str, Any]) -> dict[str, str]:
+    """deltalake's names for fsspec's storage options; secrets come from the environment, which both read.
+
+    Raises:
+        DatasetError: naming an option that has no counterpart.
+    """
+    names = {
+        "endpoint_url": "AWS_ENDPOINT_URL",
+        "region": "AWS_REGION",
+        "region_name": "AWS_REGION",
+        "profile": "AWS_PROFILE",
+        "allow_http": "AWS_ALLOW_HTTP",
+        "anon": "AWS_SKIP_SIGNATURE",
+        "account_name": "AZURE_STORAGE_ACCOUNT_NAME",
+    }
+    mapped = {}
+    for name, value in {**options, **options.get("client_kwargs", {})}.items():
+        if name in names:
+            mapped[names[name]] = str(value).lower() if isinstance(value, bool) else str(value)
+        elif name != "client_kwargs":
+            raise DatasetError(
+                f"{output}: storage option {name!r} is not understood for outputs; {', '.join(names)} are"
+            )
+    if mapped.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+        mapped.setdefault("AWS_ALLOW_HTTP", "true")
+    return mapped

@@ -1,0 +1,68 @@
+"""The error tree.
+
+    CapfiltError
+    ├── SpecError          a spec or card cannot be used as written      exit 2
+    ├── InputError         an input file cannot be listed or read
+    ├── ImageError         one image cannot be used; carries its reason
+    ├── CheckpointError    a checkpoint cannot be found, trusted or loaded
+    ├── DatasetError       the output tables are not what they should be
+    │   └── ConflictError  another driver commits to the same output
+    └── ErrorBudgetError   too many rows are errors                      exit 3
+
+Every message names the file, the field or the shard, and the next thing to do.
+"""
+
+from __future__ import annotations
+
+from capfilt.schema import Reason
+
+
+class CapfiltError(Exception):
+    """Root of every error this package raises on purpose."""
+
+    exit_code = 1
+
+
+class SpecError(CapfiltError):
+    """A spec or model card cannot be used as written."""
+
+    exit_code = 2
+
+
+class InputError(CapfiltError):
+    """An input file cannot be listed, opened or read as image-text Parquet."""
+
+
+class ImageError(CapfiltError):
+    """One image cannot be used.
+
+    Attributes:
+        reason: the member of :class:`capfilt.schema.Reason` recorded for the row.
+        detail: one line for a person; never contains image bytes.
+    """
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+class CheckpointError(CapfiltError):
+    """A checkpoint cannot be found, trusted or loaded."""
+
+
+class DatasetError(CapfiltError):
+    """The output tables are not what they should be (row conservation broken, foreign schema)."""
+
+
+class ConflictError(DatasetError):
+    """Another driver committed to the same output; this one must stop and start again."""
+
+
+class ErrorBudgetError(CapfiltError):
+    """More rows are errors than ``max_error_fraction`` allows."""
+
+    exit_code = 3

@@ -1,0 +1,152 @@
+"""Identities: of a checkpoint's weights, and of a run's three stages. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from capfilt.errors import CheckpointError
+from capfilt.spec import CurateSpec, HubCheckpoint, LocalCheckpoint
+
+CAPTION_CODE = 1
+"""Raise it when preprocessing, prompting or sampling changes what any image's caption is."""
+
+SCORE_CODE = 1
+"""Raise it when clean-up, tokenisation or the filter's arithmetic changes any score."""
+
+DECIDE_CODE = 1
+"""Raise it when the rules of capfilt.decide change any decision."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+)
+_WEIGHTS = (  # as transformers looks for them: one file before shards, safetensors before pickle
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fingerprints:
+    """What made a row's columns, 16 hex digits each. A stage is stale where its fingerprint differs.
+
+    Attributes:
+        caption: captioner weights, prompt, sampling, preprocessing.
+        score: caption, filter weights and how it reads a text.
+        decide: score, thresholds and rules.
+    """
+
+    caption: str
+    score: str
+    decide: str
+
+
+def run_fingerprints(spec: CurateSpec) -> Fingerprints:
+    """The three fingerprints of a run. Reads local checkpoints whole (about 1 GB/s).
+
+    Not in them: batch size, placement, fragment size, quarantine, names, paths. They change no row's result.
+
+    Raises:
+        CheckpointError: as :func:`fingerprint`.
+    """
+    caption = _digest(
+        code=CAPTION_CODE,
+        weights=fingerprint(spec.captioner.checkpoint),
+        prompt=spec.captioner.prompt,
+        image_size=spec.captioner.image_size,
+        dtype=spec.captioner.dtype,
+        sampling=spec.sampling.model_dump(mode="json"),
+        max_pixels=spec.images.max_pixels,
+        max_bytes=spec.images.max_bytes,
+    )
+    score = _digest(
+        code=SCORE_CODE,
+        caption=caption,
+        weights=fingerprint(spec.filter.checkpoint),
+        first_token=spec.filter.first_token,
+        max_tokens=spec.filter.max_tokens,
+        image_size=spec.filter.image_size,
+        dtype=spec.filter.dtype,
+    )
+    decide = _digest(code=DECIDE_CODE, score=score, thresholds=spec.effective_thresholds.model_dump(mode="json"))
+    return Fingerprints(caption, score, decide)
+
+
+def fingerprint(checkpoint: HubCheckpoint | LocalCheckpoint) -> str:
+    """Identity of a checkpoint's weights, configuration and tokenizer.
+
+    Returns:
+        `hub:ID@REVISION`, or `sha256:HEX` over names and contents of a directory's files. A copy elsewhere is the same;
+        the hub's files in a directory are not the same as the hub.
+
+    Raises:
+        CheckpointError: the directory or one of its files is missing.
+    """
+    if isinstance(checkpoint, HubCheckpoint):
+        return f"hub:{checkpoint.hub}@{checkpoint.revision}"
+    whole = hashlib.sha256()
+    for file in sorted(checkpoint_files(Path(checkpoint.path))):
+        with file.open("rb") as stream:
+            whole.update(f"{file.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+    return f"sha256:{whole.hexdigest()}"
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The files of a checkpoint that a model is made from: config.json, weights, tokenizer.
+
+    Raises:
+        CheckpointError: as :func:`weight_files`, or config.json or both forms of the vocabulary are missing.
+    """
+    files = weight_files(directory)
+    config = directory / "config.json"
+    if not config.is_file():
+        raise CheckpointError(
+            f"{config}: no such file; a checkpoint directory holds config.json, weights and a tokenizer"
+        )
+    tokenizer = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    if not any(file.name in ("tokenizer.json", "vocab.txt") for file in tokenizer):
+        raise CheckpointError(
+            f"{directory}: neither tokenizer.json nor vocab.txt; copy the tokenizer beside the weights"
+        )
+    return [config, *files, *tokenizer]
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The weights of a checkpoint: one file, or an index and its shards; safetensors before pickle.
+
+    Raises:
+        CheckpointError: no directory, no weights, a shard of the index is missing, or the index cannot be read.
+    """
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such directory; checkpoint.path names a directory in the hub's format")
+    for name in _WEIGHTS:
+        first = directory / name
+        if first.is_file():
+            return [first, *_shards(first)] if name.endswith(".index.json") else [first]
+    raise CheckpointError(f"{directory}: no weights; expected model.safetensors (or {', '.join(_WEIGHTS[1:])})")
+
+
+def _shards(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        shards = [index.parent / name for name in names]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{index}: not an index of weight files: {error!r}") from error
+    for shard in shards:
+        if shard.parent != index.parent or not shard.is_file():
+            raise CheckpointError(f"{index}: names {shard.name}, which is not beside it; the download is incomplete")
+    return shards
+
+
+def _digest(**fields: Any) -> str:
+    canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.blake2b(canonical.encode(), digest_size=8).hexdigest()

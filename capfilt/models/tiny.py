@@ -1,0 +1,179 @@
+"""A BLIP pair small enough for tests and the demo: random weights, real format. It has learnt nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from torch import Tensor, nn
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+    BlipTextConfig,
+    BlipVisionConfig,
+)
+
+from capfilt.models.checkpoints import quiet
+from capfilt.models.preprocess import CLIP_MEAN, CLIP_STD
+
+IMAGE_SIZE = 32
+WIDTH = 32
+
+_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_MODES = ("[DEC]", "[ENC]")  # last, as BLIP appends them to bert-base-uncased
+_HEARING = {  # (network, cross-attention): gain, by trial
+    ("text_decoder", True): 3.0,
+    ("text_decoder", False): 1.0,
+    ("text_encoder", True): 0.4,
+    ("text_encoder", False): 6.0,
+}
+_WORDS = """
+a an the of on in with and at by is are there this that it no two three one
+red green blue yellow purple orange white black grey pink brown dark bright
+circle square triangle cross star shape dot line
+small large big tiny background picture photo image drawing
+dog cat man woman child bird tree house car street sky water grass table wall field beach
+sitting standing holding looking next near front top left right over under
+click to enlarge buy now free shipping not available share your stock royalty loading please wait
+""".split()  # fmt: skip
+
+
+def write_tiny_pair(directory: Path, seed: int = 0) -> tuple[Path, Path]:
+    """Write two tiny random BLIP checkpoints in the hub's format: a captioner and a filter.
+
+    Vision: 32 px, patch 8. Both towers: width 32, 2 layers, 2 heads. Vocabulary: everyday caption words, and letters,
+    digits and marks, so that any ASCII text has tokens. The weights are random, scaled so that captions have entropy
+    and depend on the image, and match probabilities fall on both sides of 0.5; what they say of an image means nothing.
+
+    Args:
+        directory: made if missing; files in it are overwritten.
+        seed: the same seed writes the same bytes, on one version of torch.
+
+    Returns:
+        Directories of the captioner and of the filter.
+    """
+    vocabulary = _vocabulary()
+    config = _config(vocabulary)
+    pair = []
+    for role, network in (("captioner", BlipForConditionalGeneration), ("filter", BlipForImageTextRetrieval)):
+        path = directory / role
+        path.mkdir(parents=True, exist_ok=True)
+        with quiet(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = network(config)
+            _fill(model, torch.Generator().manual_seed(seed * 2 + len(pair)), vocabulary)
+            model.save_pretrained(path)
+        _write_processor(path, vocabulary)
+        pair.append(path)
+    return pair[0], pair[1]
+
+
+def _vocabulary() -> dict[str, int]:
+    letters = string.ascii_lowercase + string.digits
+    tokens = [*_SPECIAL, *_WORDS, *letters, *string.punctuation, *(f"##{letter}" for letter in letters), "##s", "##ing"]
+    return {token: number for number, token in enumerate([*dict.fromkeys(tokens), *_MODES])}
+
+
+def _config(vocabulary: dict[str, int]) -> Any:
+    text = BlipTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=WIDTH,
+        encoder_hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=vocabulary["[DEC]"],
+        pad_token_id=vocabulary["[PAD]"],
+        sep_token_id=vocabulary["[SEP]"],
+        eos_token_id=vocabulary["[SEP]"],
+    )
+    vision = BlipVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+        initializer_range=0.02,  # the default, 1e-10, starts a vision transformer at nothing
+    )
+    return BlipConfig(text_config=text, vision_config=vision, image_text_hidden_size=16)
+
+
+@torch.no_grad()
+def _fill(model: nn.Module, generator: torch.Generator, vocabulary: dict[str, int]) -> None:
+    """Draw every weight anew, in the order of names: variance 1 / fan-in, then what the roles need."""
+
+    def normal(weight: Tensor, std: float) -> None:
+        weight.copy_(torch.randn(weight.shape, generator=generator) * std)
+
+    parameters = sorted(model.named_parameters())  # tied ones once
+    for name, weight in parameters:
+        if weight.dim() > 1:
+            normal(weight, 1 / math.sqrt(weight[0].numel()))
+    named = dict(parameters)
+    for name, weight in parameters:
+        if name.endswith("word_embeddings.weight"):  # also the captioner's output layer: logits of std 2 or so
+            normal(weight, 0.35)
+        elif name.endswith(
+            "attention.output.dense.weight"
+        ):  # let position 0 hear the image, and in the filter the text
+            tower, cross = name.split(".")[0], ".crossattention." in name
+            weight.mul_(_HEARING[tower, cross])
+        elif name.endswith("itm_head.weight"):
+            normal(weight, 0.3)
+    bias = named.get("text_decoder.cls.predictions.bias")
+    if bias is not None:
+        pieces = [
+            number
+            for token, number in vocabulary.items()
+            if token != "a" and (len(token) == 1 or token.startswith("##"))
+        ]
+        bias[pieces] = -4.0  # captions of words, not of letters
+        bias[vocabulary["[SEP]"]] = 2.5
+
+
+def _write_processor(path: Path, vocabulary: dict[str, int]) -> None:
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
+    tokenizer.add_special_tokens([*_SPECIAL, *_MODES])
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    tokenizer.save(str(path / "tokenizer.json"))
+    (path / "vocab.txt").write_text("".join(f"{token}\n" for token in vocabulary), encoding="utf-8")
+    marks = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), _SPECIAL, strict=True))
+    _write_json(path / "special_tokens_map.json", marks)
+    _write_json(
+        path / "tokenizer_config.json",
+        {**marks, "tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 128},
+    )
+    _write_json(
+        path / "preprocessor_config.json",
+        {
+            "image_processor_type": "BlipImageProcessor",
+            "processor_class": "BlipProcessor",
+            "do_resize": True,
+            "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+            "resample": 3,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(CLIP_MEAN),
+            "image_std": list(CLIP_STD),
+        },
+    )
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

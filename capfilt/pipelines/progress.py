@@ -1,0 +1,99 @@
+"""One progress display: a live line on a terminal, a plain line now and then without one."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from capfilt.dataset import Counts
+from capfilt.receipts import Receipt
+
+PLAIN_SECONDS = 10.0
+"""Between two plain lines."""
+
+_WINDOW_SECONDS = 60.0
+
+
+class Display:
+    """Shows rows, images/s over the last minute, kept and error fractions, actors and time left.
+
+    Args:
+        console: where to; its `is_terminal` chooses the form.
+        most_actors: the pool's bound, to size the window in which a worker counts as alive.
+    """
+
+    def __init__(self, console: Console, most_actors: int) -> None:
+        self._console = console
+        self._counts = Counts()
+        self._total = 0
+        self._begin = time.monotonic()
+        self._history: deque[tuple[float, int]] = deque([(self._begin, 0)])
+        self._workers: deque[str] = deque(maxlen=2 * most_actors)
+        self._last_line = self._begin
+        self._live: Progress | None = None
+        if console.is_terminal:
+            self._live = Progress(
+                TextColumn("curate"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[line]}"),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._live.add_task("curate", total=None, line="starting Ray and the models")
+
+    def __enter__(self) -> Display:
+        if self._live:
+            self._live.start()
+        else:
+            self._console.print("capfilt: starting Ray and the models", markup=False, highlight=False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def expect(self, rows: int) -> None:
+        """Rows the run is known or estimated to have."""
+        self._total = rows
+
+    def update(self, receipt: Receipt) -> None:
+        """Count one finished fragment."""
+        now = time.monotonic()
+        self._counts += receipt.counts
+        if receipt.worker:
+            self._workers.append(receipt.worker)
+        self._history.append((now, self._counts.rows))
+        while len(self._history) > 2 and self._history[1][0] < now - _WINDOW_SECONDS:
+            self._history.popleft()
+        if self._live:
+            total = max(self._total, self._counts.rows)
+            self._live.update(self._task, total=total, completed=self._counts.rows, line=self.line())
+        elif now - self._last_line >= PLAIN_SECONDS:
+            self._last_line = now
+            self._console.print(f"capfilt: {self.line()}{self._left()}", markup=False, highlight=False, soft_wrap=True)
+
+    def line(self) -> str:
+        """The state in one line."""
+        rows = max(1, self._counts.rows)
+        of = f" of {self._total:,}" if self._total > self._counts.rows else ""
+        return (
+            f"{self._counts.rows:,}{of} rows  {self._rate():,.1f} images/s  kept {self._counts.kept / rows:.1%}  "
+            f"errors {self._counts.errors / rows:.2%}  actors {len(set(self._workers))}"
+        )
+
+    def _rate(self) -> float:
+        (then, rows_then), (now, rows_now) = self._history[0], self._history[-1]
+        return (rows_now - rows_then) / max(now - then, 1e-3)
+
+    def _left(self) -> str:
+        if self._total <= self._counts.rows or not self._rate():
+            return ""
+        minutes, seconds = divmod(int((self._total - self._counts.rows) / self._rate()), 60)
+        return f"  left {minutes // 60}:{minutes % 60:02d}:{seconds:02d}"

@@ -1,0 +1,76 @@
+"""The worker as Ray Data calls it, and the ledger of attempts as a Ray actor beside it."""
+
+from __future__ import annotations
+
+import pickle
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from capfilt.fragments import Fragment
+from capfilt.pipelines.attempts import Attempts
+from capfilt.pipelines.worker import Job, LoadModels, Worker
+from capfilt.receipts import Receipt
+
+
+class RemoteAttempts(Attempts):
+    """The ledger, kept in a Ray actor."""
+
+    def __init__(self, actor: Any) -> None:
+        self._actor = actor
+
+    def state(self, name: str) -> tuple[int, bytes | None]:
+        """See Attempts."""
+        answer: tuple[int, bytes | None] = ray.get(self._actor.state.remote(name))
+        return answer
+
+    def begin(self, name: str) -> None:
+        """See Attempts."""
+        ray.get(self._actor.begin.remote(name))
+
+    def end(self, name: str, result: bytes, whole: str) -> None:
+        """See Attempts."""
+        ray.get(self._actor.end.remote(name, result, whole))
+
+    def lose(self, whole: str, rows: int) -> None:
+        """See Attempts."""
+        ray.get(self._actor.lose.remote(whole, rows))
+
+    def lost(self, whole: str) -> int:
+        """See Attempts."""
+        answer: int = ray.get(self._actor.lost.remote(whole))
+        return answer
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong in a worker that is no row's fault: the models do not load, the output cannot be written."""
+
+    message: str
+    trace: str
+
+
+def start_attempts() -> Any:
+    """Start a ledger actor; it takes no CPU and outlives the workers. Its handle."""
+    return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote()
+
+
+class RayWorker:
+    """One fragment in, its receipts out: a block of one row each. What a worker raises comes out as a row, too."""
+
+    def __init__(self, job: Job, load: LoadModels, attempts: Any) -> None:
+        self._worker = Worker(job, load, RemoteAttempts(attempts))
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Process the batch's one fragment."""
+        (pickled,) = batch.column("fragment").to_pylist()
+        fragment: Fragment = pickle.loads(pickled)
+        try:
+            result: list[Receipt] | Failure = self._worker.process(fragment)
+        except Exception as error:  # the driver raises it
+            message = f"{fragment.name}: {type(error).__name__}: {error}"
+            result = Failure(message, traceback.format_exc())
+        return pa.table({"result": pa.array([pickle.dumps(result)], pa.binary())})

@@ -1,0 +1,478 @@
+"""The worker: reads, decodes, captions, scores, decides and writes a fragment. It imports no ray.
+
+    for fragment in fragments:
+        receipts = Worker(job).process(fragment)
+
+is the whole run in a plain loop; Ray Data runs the same class in an actor pool (pipelines/curate.py). Two calls may run in
+one worker at a time: one reads and decodes while the other holds the device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import socket
+import threading
+import time
+import uuid
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+import torch
+from pydantic import TypeAdapter
+
+from capfilt.dataset import DIRECTORIES, Counts, DataFile, Provenance
+from capfilt.decide import Text, best_text, decide, row_outcome
+from capfilt.errors import CapfiltError, ImageError, InputError
+from capfilt.fingerprints import Fingerprints
+from capfilt.fragments import Fragment, ParquetWriter, Row, read_rows
+from capfilt.images import decode
+from capfilt.models.preprocess import resize
+from capfilt.pipelines.attempts import Attempts
+from capfilt.receipts import Receipt, store
+from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE, SHARD, Reason, Source, Status
+from capfilt.spec import CurateSpec
+from capfilt.text import clean
+
+DEATHS_BEFORE_SPLIT = 2
+"""A fragment whose worker died so often is split."""
+
+PARTS = 16
+"""Into so many parts, each again, until a row stands alone: 1,000 rows take three levels."""
+
+LOST_ROWS_LIMIT = 8
+"""Rows of one fragment that may be isolated one by one; beyond, a part that dies is recorded whole: the file is hostile."""
+
+AHEAD = 3
+"""Batches of one call being decoded while another is on the device."""
+
+_RECEIPTS = TypeAdapter(list[Receipt])
+
+
+class Captioner(Protocol):
+    """Writes captions. See capfilt.models.captioner.Captioner."""
+
+    image_size: int
+
+    def caption(self, images_BCHW: torch.Tensor, sha256: Sequence[str]) -> list[list[str]]:
+        """For each image of uint8 [B, 3, S, S], its candidates in order."""
+        ...
+
+
+class Filter(Protocol):
+    """Scores texts. See capfilt.models.itm.ItmFilter."""
+
+    image_size: int
+
+    def score(
+        self, images_BCHW: torch.Tensor, texts: Sequence[Sequence[str]]
+    ) -> Sequence[Sequence[tuple[float, float]]]:
+        """For each image, for each of its texts, (P(match), cosine similarity)."""
+        ...
+
+
+LoadModels = Callable[[CurateSpec, str], tuple[Captioner, Filter]]
+"""Makes both models for a spec on a device ("cpu", "cuda"); called once in each worker."""
+
+
+def load_models(spec: CurateSpec, device: str) -> tuple[Captioner, Filter]:
+    """Load the captioner and the filter that the spec's cards name.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be found, trusted or loaded.
+    """
+    from capfilt.models.captioner import Captioner as BlipCaptioner  # transformers loads where models do
+    from capfilt.models.itm import ItmFilter
+
+    return BlipCaptioner(spec.captioner, spec.sampling, device), ItmFilter(spec.filter, device)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker of a run is given."""
+
+    spec: CurateSpec
+    fingerprints: Fingerprints
+    run: str
+
+    def provenance(self, input_id: str) -> Provenance:
+        """Of rows this run makes from an input file."""
+        fp = self.fingerprints
+        return Provenance(
+            input_id=input_id,
+            caption_fingerprint=fp.caption,
+            score_fingerprint=fp.score,
+            decide_fingerprint=fp.decide,
+            run=self.run,
+        )
+
+
+@dataclass(slots=True)
+class _Item:
+    """A row on its way through the worker."""
+
+    row: Row
+    sha256: str | None = None
+    format: str | None = None
+    width: int | None = None
+    height: int | None = None
+    pixels: dict[int, torch.Tensor] = field(default_factory=dict)  # uint8 [3, S, S] by S
+    texts: list[Text] = field(default_factory=list)
+    status: Status | None = None  # None while it has yet to meet the models
+    reason: Reason | None = None
+    detail: str | None = None
+
+    def fail(self, reason: Reason, detail: str) -> None:
+        self.status, self.reason, self.detail = Status.ERROR, reason, detail[:500]
+
+
+class _Turns:
+    """Shared and exclusive turns: work that killed a worker runs alone in its process, so that blame falls right."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._sharing = 0
+        self._alone = False
+
+    @contextmanager
+    def turn(self, *, alone: bool) -> Iterator[None]:
+        with self._condition:
+            self._condition.wait_for(lambda: not self._alone and not (alone and self._sharing))
+            self._alone = alone
+            self._sharing += not alone
+        try:
+            yield
+        finally:
+            with self._condition:
+                self._alone = self._alone and not alone
+                self._sharing -= not alone
+                self._condition.notify_all()
+
+
+class Worker:
+    """Holds both models and curates fragments.
+
+    Args:
+        job: the run.
+        load: makes the models; on first use, so that what goes wrong surfaces as that call's error.
+        attempts: the ledger of what died; a run's workers share one.
+    """
+
+    def __init__(self, job: Job, load: LoadModels = load_models, attempts: Attempts | None = None) -> None:
+        self.job = job
+        self.attempts = attempts or Attempts()
+        self._load = load
+        self._models: tuple[Captioner, Filter] | None = None
+        self._load_lock = threading.Lock()
+        self._device_lock = threading.Lock()
+        self._turns = _Turns()
+        self._threads = max(1, math.floor(job.spec.placement.cpus))
+        self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
+
+    # --- attempts and splitting ---
+
+    def process(self, fragment: Fragment) -> list[Receipt]:
+        """Curate a fragment, splitting it where its worker died, and store its receipts.
+
+        Returns:
+            Receipts that cover the fragment's rows exactly; one, unless it was split.
+        """
+        self.models()  # what fails here is no row's fault
+        return self._process(fragment, fragment.name, DEATHS_BEFORE_SPLIT)
+
+    def _process(self, fragment: Fragment, whole: str, patience: int) -> list[Receipt]:
+        died, result = self.attempts.state(fragment.name)
+        if result is not None:
+            return _RECEIPTS.validate_json(result)
+        if died < patience:
+            with self._turns.turn(alone=died > 0 or fragment.name != whole):
+                self.attempts.begin(fragment.name)
+                receipts = [self.curate(fragment)]
+        elif fragment.rows <= 1 or self.attempts.lost(whole) >= LOST_ROWS_LIMIT:
+            receipts = [self._bury(fragment)]
+            self.attempts.lose(whole, fragment.rows)
+        else:
+            receipts = [
+                receipt
+                for part in fragment.split(PARTS)
+                for receipt in self._process(part, whole, DEATHS_BEFORE_SPLIT if part.rows == 1 else 1)
+            ]
+        self.attempts.end(fragment.name, _RECEIPTS.dump_json(receipts), whole)
+        return receipts
+
+    def _bury(self, fragment: Fragment) -> Receipt:
+        """Record rows that kill their worker, with their texts if reading them is not what kills."""
+        name = f"{fragment.name}/bury"
+        died, _ = self.attempts.state(name)
+        self.attempts.begin(name)
+        detail = f"the worker died {DEATHS_BEFORE_SPLIT} times on this row alone"
+        if fragment.rows > 1:
+            detail = (
+                f"the worker died on each of {LOST_ROWS_LIMIT} rows of this fragment, then on these {fragment.rows}"
+            )
+        bare = (Row(n) for n in range(fragment.start, fragment.stop))
+        rows = bare if died else read_rows(fragment, self.job.spec.input.storage_options)
+        with _Output(self.job, fragment) as out:
+            for row in rows:
+                item = _Item(row, texts=[_web_text(row)])
+                item.fail(Reason.WORKER_DIED, detail)
+                out.append(item)
+            return out.finish({})
+
+    # --- one fragment ---
+
+    def models(self) -> tuple[Captioner, Filter]:
+        """Both models, loaded on first use."""
+        with self._load_lock:
+            if self._models is None:
+                device = "cuda" if self.job.spec.placement.gpus > 0 else "cpu"
+                if device == "cuda" and not torch.cuda.is_available():
+                    raise CapfiltError(
+                        "placement.gpus is above 0 but this worker sees no CUDA device; install a CUDA build of torch, "
+                        "or set captioner.placement.gpus=0 and filter.placement.gpus=0"
+                    )
+                torch.set_num_threads(self._threads)
+                self._models = self._load(self.job.spec, device)
+        return self._models
+
+    def curate(self, fragment: Fragment) -> Receipt:
+        """Curate one fragment: every row gets its status, in order.
+
+        Returns:
+            The stored receipt; one with `failure` where the input cannot be read just now.
+
+        Raises:
+            OSError: the output cannot be written.
+        """
+        self.models()
+        seconds: dict[str, float] = defaultdict(float)
+        try:
+            with _Output(self.job, fragment) as out:
+                for batch in self._decoded(fragment, seconds):
+                    with self._device_lock:
+                        begin = time.perf_counter()
+                        self._judge([item for item in batch if item.status is None])
+                        seconds["model"] += time.perf_counter() - begin
+                    begin = time.perf_counter()
+                    for item in batch:
+                        out.append(item)
+                    seconds["write"] += time.perf_counter() - begin
+                return out.finish(seconds)
+        except InputError as error:
+            file = fragment.file
+            return Receipt(
+                shard=file.shard,
+                start=fragment.start,
+                stop=fragment.stop,
+                file_rows=fragment.file_rows,
+                provenance=self.job.provenance(file.input_id),
+                failure=str(error),
+            )
+
+    def _decoded(self, fragment: Fragment, seconds: dict[str, float]) -> Iterator[list[_Item]]:
+        """Batches of rows in order, decoded ahead in threads."""
+        size = self.job.spec.batch_size
+        waiting: deque[list[Future[tuple[_Item, float]]]] = deque()
+        rows = read_rows(fragment, self.job.spec.input.storage_options, min(size, 32))
+        batch: list[Future[tuple[_Item, float]]] = []
+        more = True
+        while more or waiting:
+            begin = time.perf_counter()
+            while more and len(waiting) < AHEAD:
+                row = next(rows, None)
+                if row is not None:
+                    batch.append(self._pool.submit(self._prepare, row))
+                more = row is not None
+                if len(batch) == size or (batch and not more):
+                    waiting.append(batch)
+                    batch = []
+            seconds["read"] += time.perf_counter() - begin
+            if waiting:
+                begin = time.perf_counter()
+                done = [future.result() for future in waiting.popleft()]
+                seconds["wait"] += time.perf_counter() - begin
+                seconds["decode"] += sum(spent for _, spent in done)
+                yield [item for item, _ in done]
+
+    def _prepare(self, row: Row) -> tuple[_Item, float]:
+        """Hash, decode and resize one row's image; what is wrong with it becomes its reason."""
+        begin = time.perf_counter()
+        item = _Item(row, texts=[_web_text(row)])
+        if not row.readable:
+            item.fail(Reason.UNREADABLE_ROW, row.note or "")
+        elif row.image is None:
+            item.status, item.reason = Status.DROPPED, Reason.NO_IMAGE
+        else:
+            item.sha256 = hashlib.sha256(row.image).hexdigest()
+            try:
+                picture = decode(row.image, self.job.spec.images)
+                item.format, item.width, item.height = picture.format, picture.width, picture.height
+                for size in {model.image_size for model in self.models()}:
+                    item.pixels[size] = resize(picture.rgb, size)
+            except ImageError as error:
+                item.fail(error.reason, error.detail)
+        return item, time.perf_counter() - begin
+
+    def _judge(self, items: list[_Item]) -> None:
+        """Caption, score and decide. A batch on which a model raises is halved until the row stands alone."""
+        if not items:
+            return
+        try:
+            self._caption_and_score(items)
+        except Exception as error:  # recorded: as the row's own error, once it is alone
+            if len(items) == 1:
+                items[0].texts = items[0].texts[:1]
+                items[0].fail(Reason.MODEL_ERROR, f"{type(error).__name__}: {' '.join(str(error).split())}")
+            else:
+                half = len(items) // 2
+                self._judge(items[:half])
+                self._judge(items[half:])
+        for item in items:
+            item.pixels = {}
+
+    def _caption_and_score(self, items: list[_Item]) -> None:
+        captioner, filter_ = self.models()
+        images = {size: torch.stack([item.pixels[size] for item in items]) for size in items[0].pixels}
+        captions = captioner.caption(images[captioner.image_size], [item.sha256 or "" for item in items])
+        texts = [
+            [item.texts[0], *(Text(Source.SYNTHETIC, k, text, clean(text)) for k, text in enumerate(candidates))]
+            for item, candidates in zip(items, captions, strict=True)
+        ]
+        to_score = [[text.clean for text in row if text.clean] for row in texts]
+        scores = filter_.score(images[filter_.image_size], to_score)
+        thresholds = self.job.spec.effective_thresholds
+        for item, row, row_scores in zip(items, texts, scores, strict=True):
+            rest = iter(row_scores)
+            scored = [_scored(text, *next(rest)) if text.clean else text for text in row]
+            verdicts = decide(scored, thresholds)
+            item.texts = verdicts
+            item.status, item.reason = row_outcome(verdicts)
+
+
+def _web_text(row: Row) -> Text:
+    return Text(Source.WEB, 0, row.text, clean(row.text) if row.text else "")
+
+
+def _scored(text: Text, itm: float, itc: float) -> Text:
+    """With its scores as the tables will hold them, so that a later threshold decides alike."""
+    return replace(text, itm=float(np.float32(itm)), itc=float(np.float32(itc)))
+
+
+class _Output:
+    """The three files of one attempt at a fragment, under names no one else uses."""
+
+    def __init__(self, job: Job, fragment: Fragment) -> None:
+        self.job, self.fragment = job, fragment
+        self.counts: Counter[Status] = Counter()
+        self.reasons: Counter[str] = Counter()
+        name = f"{fragment.start}-{fragment.stop}-{job.run}-{uuid.uuid4().hex[:8]}.parquet"
+        self._path = f"{SHARD}={fragment.file.shard}/{name}"
+        self._writers: dict[str, ParquetWriter] = {}
+        self._constant = {
+            "captioner": job.spec.captioner.name,
+            "filter": job.spec.filter.name,
+            "seed": job.spec.sampling.seed,
+            "caption_fingerprint": job.fingerprints.caption,
+            "score_fingerprint": job.fingerprints.score,
+            "decide_fingerprint": job.fingerprints.decide,
+            "input_id": fragment.file.input_id,
+            "run": job.run,
+        }
+
+    def __enter__(self) -> _Output:
+        self._writer(ANNOTATIONS)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            for writer in self._writers.values():
+                writer.abandon()
+
+    def _writer(self, table: str) -> ParquetWriter:
+        if table not in self._writers:
+            spec = self.job.spec
+            url = f"{spec.output}/{DIRECTORIES[table]}/{self._path}"
+            self._writers[table] = ParquetWriter(table, url, spec.output_options)
+        return self._writers[table]
+
+    def append(self, item: _Item) -> None:
+        """Add a row whose fate is known."""
+        row, image = item.row, item.row.image
+        if item.status is None:
+            raise RuntimeError(f"{self.fragment.name}: row {row.row} has no status")
+        self.counts[item.status] += 1
+        self.reasons[item.reason or Status.KEPT] += 1
+        self.reasons.update(f"{text.source}:{text.reason or Status.KEPT}" for text in item.texts)
+        identity = {"row": row.row, "key": row.key, "url": row.url}
+        picture = {
+            "format": item.format,
+            "width": item.width,
+            "height": item.height,
+            "image_sha256": item.sha256,
+        }
+        texts = [
+            {
+                "source": text.source,
+                "candidate": text.candidate,
+                "text": text.text,
+                "itm": text.itm,
+                "itc": text.itc,
+                "kept": text.kept,
+                "reason": text.reason,
+            }
+            for text in item.texts
+        ]
+        outcome = {
+            "status": item.status,
+            "reason": item.reason,
+            "detail": item.detail,
+            "note": row.note if image is None else None,
+            "texts": texts,
+        }
+        size = 300 + sum(len(text.text or "") for text in item.texts)
+        self._writer(ANNOTATIONS).append(
+            {**identity, **picture, "image_bytes": None if image is None else len(image), **outcome, **self._constant},
+            size,
+        )
+        if item.status is Status.KEPT and image is not None:
+            captions = [{"text": t.text, "source": t.source, "itm": t.itm} for t in item.texts if t.kept]
+            best = best_text(item.texts).text
+            pair = {**identity, **picture, "image": image, "text": best, "captions": captions, "run": self.job.run}
+            self._writer(PAIRS).append(pair, size + len(image))
+        elif item.status is Status.ERROR and image is not None:
+            cap = self.job.spec.images.quarantine_bytes
+            unusable = {"reason": item.reason, "detail": item.detail, "image_bytes": len(image), "image": image[:cap]}
+            self._writer(QUARANTINE).append({**identity, **unusable, "run": self.job.run}, 300 + min(cap, len(image)))
+
+    def finish(self, seconds: dict[str, float]) -> Receipt:
+        """Close the files and store the receipt: from here on the work is not lost.
+
+        Raises:
+            InputError: not every row of the fragment was appended.
+        """
+        fragment = self.fragment
+        if sum(self.counts.values()) != fragment.rows:
+            raise InputError(f"{fragment.file.path}: {sum(self.counts.values())} rows read of {fragment.rows}")
+        files = {table: (DataFile(self._path, writer.rows, writer.close()),) for table, writer in self._writers.items()}
+        receipt = Receipt(
+            shard=fragment.file.shard,
+            start=fragment.start,
+            stop=fragment.stop,
+            file_rows=fragment.file_rows,
+            provenance=self.job.provenance(fragment.file.input_id),
+            worker=f"{socket.gethostname()}:{os.getpid()}",
+            counts=Counts(*(self.counts[status] for status in (Status.KEPT, Status.DROPPED, Status.ERROR))),
+            annotations=files[ANNOTATIONS],
+            pairs=files.get(PAIRS, ()),
+            quarantine=files.get(QUARANTINE, ()),
+            reasons=dict(self.reasons),
+            seconds={stage: round(spent, 6) for stage, spent in seconds.items()},
+        )
+        store(receipt, self.job.spec.output, self.job.spec.output_options)
+        return receipt

@@ -1,0 +1,74 @@
+"""What a run would do, and why: inputs listed, compared with what is committed. Reads no data, loads no model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from capfilt.dataset import ShardState
+from capfilt.fingerprints import Fingerprints
+from capfilt.fragments import InputFile, list_inputs
+from capfilt.spec import CurateSpec
+
+
+class Why(StrEnum):
+    """Why a shard is curated, most upstream cause first."""
+
+    NEW = "new"
+    INPUT = "input changed"
+    CAPTION = "captioner, sampling or preprocessing changed"
+    SCORE = "filter changed"
+    DECIDE = "thresholds changed"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Work of a run.
+
+    Attributes:
+        todo: input files to curate, in order, each with its reason.
+        done: shards committed and up to date.
+        gone: committed shards that are no longer among the inputs; they stay in the dataset.
+    """
+
+    todo: tuple[tuple[InputFile, Why], ...]
+    done: tuple[str, ...]
+    gone: tuple[str, ...]
+
+    @property
+    def reasons(self) -> Counter[Why]:
+        """Shards to curate, by reason."""
+        return Counter(why for _, why in self.todo)
+
+
+def make_plan(spec: CurateSpec, fingerprints: Fingerprints, committed: Mapping[str, ShardState]) -> Plan:
+    """Compare the inputs with the committed shards.
+
+    Raises:
+        InputError: the inputs cannot be listed.
+    """
+    files = list_inputs(spec.input, exclude=spec.output)
+    reasons = [(file, _why(file, fingerprints, committed.get(file.shard))) for file in files]
+    names = {file.shard for file in files}
+    return Plan(
+        todo=tuple((file, why) for file, why in reasons if why is not None),
+        done=tuple(file.shard for file, why in reasons if why is None),
+        gone=tuple(sorted(shard for shard in committed if shard not in names)),
+    )
+
+
+def _why(file: InputFile, now: Fingerprints, state: ShardState | None) -> Why | None:
+    if state is None:
+        return Why.NEW
+    was = state.provenance
+    if was.input_id != file.input_id:
+        return Why.INPUT
+    if was.caption_fingerprint != now.caption:
+        return Why.CAPTION
+    if was.score_fingerprint != now.score:
+        return Why.SCORE
+    if was.decide_fingerprint != now.decide:
+        return Why.DECIDE
+    return None

@@ -1,0 +1,177 @@
+"""What a worker hands back for a fragment, and its durable copy.
+
+A receipt says which files hold a run of rows and what became of them. The worker stores it beside the dataset as its last
+act, so a driver that dies costs at most the fragments in flight: the next one adopts the receipts of what was finished and
+not yet committed. A shard is committed when its receipts cover all its rows.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Container, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import fsspec
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from capfilt.dataset import DIRECTORIES, Counts, DataFile, Provenance, ShardCommit
+from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE
+
+RECEIPTS = "_runs/receipts"
+
+
+class Receipt(BaseModel):
+    """What became of rows [start, stop) of a shard of `file_rows` rows.
+
+    Attributes:
+        counts: rows kept, dropped and in error; they sum to `rows` unless the fragment failed.
+        reasons: rows by reason, and texts by `web:` or `synthetic:` and reason or `kept`.
+        seconds: by stage, summed over threads.
+        failure: why the fragment could not be read at all just now; then nothing was written, and its shard is left for
+            another run.
+        worker: host and process id.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shard: str
+    start: int
+    stop: int
+    file_rows: int
+    provenance: Provenance
+    counts: Counts = Counts()
+    annotations: tuple[DataFile, ...] = ()
+    pairs: tuple[DataFile, ...] = ()
+    quarantine: tuple[DataFile, ...] = ()
+    reasons: dict[str, int] = {}
+    seconds: dict[str, float] = {}
+    failure: str | None = None
+    worker: str = ""
+
+    @property
+    def rows(self) -> int:
+        """Rows covered."""
+        return self.stop - self.start
+
+    def same_work(self, other: Provenance) -> bool:
+        """Whether `other`, of another run, would produce the same rows."""
+        mine = self.provenance
+        return (mine.input_id, mine.caption_fingerprint, mine.score_fingerprint, mine.decide_fingerprint) == (
+            other.input_id,
+            other.caption_fingerprint,
+            other.score_fingerprint,
+            other.decide_fingerprint,
+        )
+
+
+def shard_commit(receipts: Sequence[Receipt]) -> ShardCommit:
+    """Join the receipts that cover one shard.
+
+    Raises:
+        ValueError: they leave a gap, overlap, or belong to different work.
+    """
+    receipts = sorted(receipts, key=lambda r: (r.start, r.stop))
+    first = receipts[0]
+    position = 0
+    for receipt in receipts:
+        if receipt.start != position or receipt.shard != first.shard or not receipt.same_work(first.provenance):
+            raise ValueError(f"shard {first.shard}: receipts do not cover it exactly at row {position}")
+        position = receipt.stop
+    if position != first.file_rows:
+        raise ValueError(f"shard {first.shard}: receipts end at row {position} of {first.file_rows}")
+    return ShardCommit(
+        shard=first.shard,
+        rows=first.file_rows,
+        counts=sum((r.counts for r in receipts), Counts()),
+        provenance=receipts[-1].provenance,
+        annotations=tuple(file for r in receipts for file in r.annotations),
+        pairs=tuple(file for r in receipts for file in r.pairs),
+        quarantine=tuple(file for r in receipts for file in r.quarantine),
+    )
+
+
+# --- the durable copy ---------------------------------------------------------------------------------------------------
+
+
+def store(receipt: Receipt, output: str, options: Mapping[str, Any]) -> None:
+    """Write a receipt under the output; it is there whole or not at all.
+
+    Raises:
+        OSError: the store refuses.
+    """
+    fs, root = fsspec.core.url_to_fs(output, **options)
+    directory = f"{root}/{RECEIPTS}/{receipt.shard}"
+    name = f"{directory}/{receipt.start:09d}-{receipt.stop:09d}-{uuid.uuid4().hex[:8]}.json"
+    text = receipt.model_dump_json().encode()
+    if "file" in fs.protocol:
+        os.makedirs(directory, exist_ok=True)
+        with open(f"{name}.tmp", "wb") as file:
+            file.write(text)
+        os.replace(f"{name}.tmp", name)
+    else:
+        fs.pipe_file(name, text)
+
+
+def adopt(
+    output: str, options: Mapping[str, Any], wanted: Mapping[str, Provenance], closed: Container[str]
+) -> dict[str, list[Receipt]]:
+    """Find finished, uncommitted work of earlier runs.
+
+    Args:
+        wanted: the work to do, by shard; `run` is ignored.
+        closed: runs whose files a vacuum may have taken.
+
+    Returns:
+        By shard, receipts in order of rows that do the wanted work, do not overlap, and whose files are all there.
+    """
+    fs, root = fsspec.core.url_to_fs(output, **options)
+    names = [n for n in fs.find(f"{root}/{RECEIPTS}") if n.endswith(".json") and n.split("/")[-2] in wanted]
+    with ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda name: _load(fs, root, name, wanted, closed), sorted(names)))
+    adopted: dict[str, list[Receipt]] = {}
+    for receipt in sorted((r for r in found if r is not None), key=lambda r: (r.shard, r.start, -r.stop)):
+        taken = adopted.setdefault(receipt.shard, [])
+        if taken and (receipt.start < taken[-1].stop or receipt.file_rows != taken[-1].file_rows):
+            continue
+        taken.append(receipt)
+    return adopted
+
+
+def _load(fs: Any, root: str, name: str, wanted: Mapping[str, Provenance], closed: Container[str]) -> Receipt | None:
+    """A stored receipt that does the wanted work and whose files are whole, else None: then the work is done again."""
+    try:
+        receipt = Receipt.model_validate_json(fs.cat_file(name))
+        if receipt.provenance.run in closed or not receipt.same_work(wanted[receipt.shard]):
+            return None
+        for table, files in (
+            (ANNOTATIONS, receipt.annotations),
+            (PAIRS, receipt.pairs),
+            (QUARANTINE, receipt.quarantine),
+        ):
+            for file in files:
+                if fs.info(f"{root}/{DIRECTORIES[table]}/{file.path}")["size"] != file.size:
+                    return None
+    except (FileNotFoundError, ValidationError):
+        return None
+    return receipt
+
+
+def gaps(receipts: Sequence[Receipt], rows: int) -> list[tuple[int, int]]:
+    """The runs of rows of [0, rows) that ordered, non-overlapping receipts leave to do."""
+    edges = [0, *(edge for r in receipts for edge in (r.start, r.stop)), rows]
+    return [(a, b) for a, b in zip(edges[::2], edges[1::2], strict=True) if a < b]
+
+
+def unfinished(output: str, options: Mapping[str, Any]) -> bool:
+    """Whether receipts are stored: an earlier run did not come to its end."""
+    fs, root = fsspec.core.url_to_fs(output, **options)
+    return bool(fs.exists(f"{root}/{RECEIPTS}"))
+
+
+def discard(output: str, options: Mapping[str, Any]) -> None:
+    """Remove every stored receipt: after a run that finished and fenced off all others, none is of use."""
+    fs, root = fsspec.core.url_to_fs(output, **options)
+    if fs.exists(f"{root}/{RECEIPTS}"):
+        fs.rm(f"{root}/{RECEIPTS}", recursive=True)

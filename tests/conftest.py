@@ -1,0 +1,103 @@
+"""Shared fixtures: small real Parquet, a spec for it, and one local Ray for the whole session."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_DATA_PARQUET_FOOTER_NUM_ACTORS", "1")
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, Input, LocalCheckpoint
+
+
+def jpeg(seed: int, side: int = 24) -> bytes:
+    """A small JPEG, different for every seed."""
+    rng = np.random.default_rng(seed)
+    pixels = np.kron(rng.integers(0, 255, (4, 4, 3), np.uint8), np.ones((side // 4, side // 4, 1), np.uint8))
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG")
+    return out.getvalue()
+
+
+def write_shard(
+    path: Path, images: Sequence[bytes | None], texts: Sequence[str | None] | None = None, row_group: int = 50
+) -> Path:
+    """A Parquet shard with img2dataset's column names."""
+    texts = [f"text {i} of {path.stem}" for i in range(len(images))] if texts is None else texts
+    columns = {
+        "key": pa.array([f"{i:09d}" for i in range(len(images))], pa.string()),
+        "url": pa.array([f"http://example.org/{path.stem}/{i}.jpg" for i in range(len(images))], pa.string()),
+        "caption": pa.array(texts, pa.string()),
+        "jpg": pa.array(images, pa.binary()),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table(columns), path, row_group_size=row_group)
+    return path
+
+
+MakeSpec = Callable[..., CurateSpec]
+
+
+@pytest.fixture
+def make_spec(tmp_path: Path) -> MakeSpec:
+    """Makes a spec over `tmp_path/in` with output `tmp_path/out`; keyword arguments replace fields."""
+    checkpoint = tmp_path / "checkpoint"
+    checkpoint.mkdir()
+    (checkpoint / "config.json").write_text("{}")
+    (checkpoint / "model.safetensors").write_bytes(b"weights")
+    (checkpoint / "vocab.txt").write_text("[PAD]")
+
+    def make(**fields: Any) -> CurateSpec:
+        local = LocalCheckpoint(path=str(checkpoint))
+        defaults: dict[str, Any] = {
+            "kind": "curate",
+            "input": Input(paths=(str(tmp_path / "in"),)),
+            "output": str(tmp_path / "out"),
+            "captioner": CaptionerCard(
+                role="captioner", name="stub-captioner", checkpoint=local, image_size=16, batch_size=8
+            ),
+            "filter": FilterCard(role="filter", name="stub-filter", checkpoint=local, image_size=16, batch_size=8),
+            "fragment_rows": 40,
+        }
+        return CurateSpec(**{**defaults, **fields})
+
+    return make
+
+
+def read(output: str, table: str = "annotations") -> list[dict[str, Any]]:
+    """Every row of a table of a curated dataset, in order of shard and row."""
+    from capfilt.dataset import CuratedDataset
+
+    dataset = CuratedDataset.for_reading(output, {})
+    rows = getattr(dataset, table)().to_table().to_pylist()
+    return sorted(rows, key=lambda row: (row["shard"], row["row"]))
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """One Ray on this machine for the whole session, shut down at its end."""
+    import ray
+    import stubs
+
+    ray.cloudpickle.register_pickle_by_value(stubs)  # the workers cannot import what lies under tests/
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        object_store_memory=200 * 2**20,
+    )
+    yield
+    ray.shutdown()

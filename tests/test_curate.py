@@ -1,0 +1,282 @@
+"""Whole runs on Ray: what is committed, resumed, redone and refused."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from conftest import MakeSpec, jpeg, read, write_shard
+from rich.console import Console
+from stubs import POISON, load_hash, load_poison
+
+from capfilt.dataset import CuratedDataset
+from capfilt.errors import CapfiltError, ConflictError, ErrorBudgetError
+from capfilt.fragments import Fragment
+from capfilt.pipelines.curate import Execute, Summary, curate, in_process
+from capfilt.pipelines.worker import Job, LoadModels
+from capfilt.receipts import RECEIPTS, Receipt
+from capfilt.spec import CurateSpec, Placement, Sampling, Thresholds
+
+
+def run(spec: CurateSpec, load: Any = load_hash, execute: Execute | None = in_process) -> Summary:
+    return curate(spec, load=load, execute=execute, console=Console(file=io.StringIO()))
+
+
+def on(actors: int, batch: int, spec: CurateSpec) -> CurateSpec:
+    placement = Placement(cpus=0.5, min_actors=actors, max_actors=actors)
+    card = spec.captioner.model_copy(update={"placement": placement, "batch_size": batch})
+    return spec.model_copy(update={"captioner": card})
+
+
+def comparable(output: str) -> list[dict[str, Any]]:
+    return [{**row, "run": ""} for row in read(output)]
+
+
+def files(output: str, table: str) -> set[str]:
+    """Every Parquet file under a table's directory, as a plain reader finds them."""
+    root = Path(output) / table
+    return {str(p.relative_to(root)) for p in root.rglob("*.parquet") if "_delta_log" not in p.parts}
+
+
+class Stop(BaseException):
+    """Stands for the driver's death."""
+
+
+def dying_after(fragments: int) -> Execute:
+    """Runs so many fragments, then the driver is gone."""
+
+    def execute(job: Job, work: Iterator[Fragment], load: LoadModels) -> Iterator[list[Receipt]]:
+        for n, receipts in enumerate(in_process(job, work, load)):
+            if n >= fragments:
+                raise Stop
+            yield receipts
+
+    return execute
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Path:
+    """Four shards of 100 rows, some bad."""
+    for s in range(4):
+        images: list[bytes | None] = [jpeg(100 * s + i) for i in range(100)]
+        images[3], images[50], images[97] = None, b"", b"<html>"
+        write_shard(tmp_path / "in" / f"{s:05d}.parquet", images)
+    return tmp_path / "in"
+
+
+# --- on Ray ---
+
+
+@pytest.mark.usefixtures("local_ray", "web")
+def test_actors_batches_and_fragments_change_nothing(make_spec: MakeSpec, tmp_path: Path) -> None:
+    plain = make_spec(output=str(tmp_path / "plain"))
+    run(plain)
+    for actors, batch, rows in [(1, 8, 40), (2, 3, 17)]:
+        spec = on(actors, batch, make_spec(output=str(tmp_path / f"ray{actors}"), fragment_rows=rows))
+        summary = run(spec, execute=None)
+        assert summary.counts.rows == 400
+        assert comparable(spec.output) == comparable(plain.output)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_row_that_kills_its_worker_costs_one_row(make_spec: MakeSpec, tmp_path: Path) -> None:
+    texts = [f"text {i}" for i in range(200)]
+    texts[77] = POISON
+    write_shard(tmp_path / "in" / "0.parquet", [jpeg(i) for i in range(200)], texts)
+    summary = run(make_spec(fragment_rows=100), load_poison, None)
+    assert (summary.counts.rows, summary.counts.errors) == (200, 1)
+    (dead,) = [row for row in read(str(tmp_path / "out")) if row["status"] == "error"]
+    assert (dead["row"], dead["reason"], dead["texts"][0]["text"]) == (77, "worker_died", POISON)
+    (quarantined,) = read(str(tmp_path / "out"), "quarantine")
+    assert quarantined["image"] == jpeg(77)
+
+
+@pytest.mark.usefixtures("local_ray", "web")
+def test_read_delta_sees_the_same_rows(make_spec: MakeSpec) -> None:
+    import ray.data
+
+    spec = make_spec()
+    run(spec)
+    rows = ray.data.read_delta(f"{spec.output}/annotations").take_all()
+    key = lambda row: (row["shard"], row["row"])  # noqa: E731
+    assert sorted(map(key, rows)) == [key(row) for row in read(spec.output)]
+    assert {key(row): row["texts"] for row in rows} == {key(row): row["texts"] for row in read(spec.output)}
+
+
+@pytest.mark.usefixtures("local_ray", "web")
+def test_a_worker_that_cannot_write_fails_the_run_and_says_why(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = make_spec()
+    run(spec)
+    write_shard(tmp_path / "in" / "new.parquet", [jpeg(1)] * 50)
+    shutil.rmtree(tmp_path / "out" / "_runs" / "receipts", ignore_errors=True)
+    (tmp_path / "out" / "_runs" / "receipts").write_text("a file where a directory must be")
+    with pytest.raises(CapfiltError, match=r"a worker failed on new-.*: (FileExistsError|NotADirectoryError)"):
+        run(spec, execute=None)
+
+
+# --- resume ---
+
+
+@pytest.mark.usefixtures("web")
+@pytest.mark.parametrize("after", [0, 1, 4, 7, 11])
+def test_a_dead_driver_costs_what_was_in_flight(make_spec: MakeSpec, tmp_path: Path, after: int) -> None:
+    whole = make_spec(output=str(tmp_path / "whole"))
+    run(whole)
+    spec = make_spec()
+    with pytest.raises(Stop):
+        run(spec, execute=dying_after(after))
+    done = sum(1 for _ in (tmp_path / "out" / "_runs").rglob("receipts/*/*.json"))
+    assert done == after + 1  # the last one finished, but its driver never heard
+    summary = run(spec.model_copy(update={"fragment_rows": 33}))
+    committed = CuratedDataset.for_reading(spec.output, {}).committed()
+    assert summary.adopted_rows + summary.counts.rows >= 0
+    assert sum(state.rows for state in committed.values()) == 400
+    assert comparable(spec.output) == comparable(whole.output)
+    assert len(read(spec.output, "pairs")) == len(read(whole.output, "pairs"))
+
+
+@pytest.mark.usefixtures("web")
+def test_finished_fragments_are_not_done_again(make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    with pytest.raises(Stop):
+        run(spec, execute=dying_after(4))
+    again: list[str] = []
+
+    def counting(job: Job, work: Iterator[Fragment], load: LoadModels) -> Iterator[list[Receipt]]:
+        def watched() -> Iterator[Fragment]:
+            for fragment in work:
+                again.append(fragment.name)
+                yield fragment
+
+        return in_process(job, watched(), load)
+
+    run(spec, execute=counting)
+    assert len(again) == 4 * 4 - 5  # 100 rows of two row groups, at most 40 a fragment: four fragments a shard
+    run(spec, execute=counting)
+    assert len(again) == 4 * 4 - 5
+
+
+@pytest.mark.usefixtures("web")
+def test_receipts_whose_files_are_gone_or_that_are_broken_are_done_again(make_spec: MakeSpec, tmp_path: Path) -> None:
+    whole = make_spec(output=str(tmp_path / "whole"))
+    run(whole)
+    spec = make_spec()
+    with pytest.raises(Stop):
+        run(spec, execute=dying_after(2))
+    receipts = sorted((tmp_path / "out" / RECEIPTS).rglob("*.json"))
+    receipts[0].write_text("{")
+    for name in Receipt.model_validate_json(receipts[1].read_text()).annotations:
+        path = tmp_path / "out" / "annotations" / name.path
+        path.write_bytes(path.read_bytes()[:-10])
+    run(spec)
+    assert comparable(spec.output) == comparable(whole.output)
+
+
+@pytest.mark.usefixtures("web")
+def test_a_plain_reader_of_a_fresh_output_sees_exactly_the_dataset(make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    with pytest.raises(Stop):
+        run(spec, execute=dying_after(3))
+    (Path(spec.output) / RECEIPTS / "leftover.json").write_text("{}")
+    run(spec.model_copy(update={"fragment_rows": 1000}))
+    for table in ("annotations", "pairs"):
+        rows = sum(
+            pq.ParquetFile(Path(spec.output) / table / name).metadata.num_rows for name in files(spec.output, table)
+        )
+        assert rows == len(read(spec.output, table))
+    assert not (Path(spec.output) / RECEIPTS).exists()
+
+
+@pytest.mark.usefixtures("web")
+def test_nothing_to_do_writes_nothing(make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    run(spec)
+    before = {path: path.stat().st_mtime_ns for path in Path(spec.output).rglob("*")}
+    summary = run(spec)
+    assert (summary.shards, summary.skipped) == (0, 4)
+    assert {path: path.stat().st_mtime_ns for path in Path(spec.output).rglob("*")} == before
+
+
+# --- what is redone ---
+
+
+@pytest.mark.usefixtures("web")
+def test_a_changed_file_is_redone_and_only_that(make_spec: MakeSpec, web: Path) -> None:
+    spec = make_spec()
+    run(spec)
+    before = comparable(spec.output)
+    write_shard(web / "00002.parquet", [jpeg(9000 + i) for i in range(30)])
+    summary = run(spec)
+    assert (summary.shards, summary.skipped, summary.counts.rows) == (1, 3, 30)
+    after = comparable(spec.output)
+    assert [r for r in after if not r["shard"].startswith("00002")] == [
+        r for r in before if not r["shard"].startswith("00002")
+    ]
+    assert sum(r["shard"].startswith("00002") for r in after) == 30
+    assert all(p["image"] for p in read(spec.output, "pairs"))
+
+
+@pytest.mark.usefixtures("web")
+@pytest.mark.parametrize("change", [{"sampling": Sampling(seed=1)}, {"thresholds": Thresholds(web=0.9, synthetic=0.1)}])
+def test_a_changed_knob_is_redone(make_spec: MakeSpec, change: dict[str, Any], tmp_path: Path) -> None:
+    run(make_spec())
+    summary = run(make_spec(**change))
+    assert summary.shards == 4
+    fresh = make_spec(output=str(tmp_path / "fresh"), **change)
+    run(fresh)
+    assert comparable(make_spec().output) == comparable(fresh.output)
+    assert [p["row"] for p in read(make_spec().output, "pairs")] == [p["row"] for p in read(fresh.output, "pairs")]
+
+
+# --- what is wrong ---
+
+
+@pytest.mark.usefixtures("web")
+def test_unreadable_files_are_named_and_the_rest_goes_on(make_spec: MakeSpec, web: Path) -> None:
+    """A checkpoint directory with a file missing is accepted by Data-Juicer; Ray Data alone loses blocks in silence."""
+    path = write_shard(web / "00009.parquet", [jpeg(i) for i in range(10)])
+    path.write_bytes(path.read_bytes()[:-100])
+    summary = run(make_spec(max_error_fraction=0.5))
+    assert list(summary.failures) == [str(path)]
+    assert "not readable as Parquet" in summary.failures[str(path)]
+    assert summary.counts.rows == 400
+
+
+def test_empty_files_count_as_done(make_spec: MakeSpec, tmp_path: Path) -> None:
+    write_shard(tmp_path / "in" / "0.parquet", [])
+    assert run(make_spec()).shards == 1
+    assert run(make_spec()).skipped == 1
+
+
+@pytest.mark.usefixtures("web")
+def test_a_sick_run_stops_after_committing_what_was_good(make_spec: MakeSpec, web: Path) -> None:
+    write_shard(web / "00009.parquet", [b"garbage"] * 300)
+    spec = make_spec()
+    with pytest.raises(ErrorBudgetError, match="max_error_fraction"):
+        run(spec)
+    committed = CuratedDataset.for_reading(spec.output, {}).committed()
+    assert {name[:5] for name in committed} == {"00000", "00001", "00002", "00003"}
+    summary = run(spec.model_copy(update={"max_error_fraction": 1.0}))
+    assert summary.shards == 1
+    assert 0 < summary.adopted_rows <= 300
+
+
+@pytest.mark.usefixtures("web")
+def test_two_drivers_conflict_loudly_and_lose_nothing(make_spec: MakeSpec) -> None:
+    spec = make_spec()
+
+    def overtaken(job: Job, work: Iterator[Fragment], load: LoadModels) -> Iterator[list[Receipt]]:
+        receipts = list(in_process(job, work, load))
+        run(spec)  # another driver does it all meanwhile
+        yield from receipts
+
+    with pytest.raises(ConflictError, match="another run"):
+        run(spec, execute=overtaken)
+    assert len(read(spec.output)) == 400
+    assert run(spec).skipped == 4
+    assert len(read(spec.output, "pairs")) == sum(row["status"] == "kept" for row in read(spec.output))

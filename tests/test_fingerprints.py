@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from capfilt.errors import CheckpointError
+from capfilt.fingerprints import Fingerprints, checkpoint_files, fingerprint, run_fingerprints, weight_files
+from capfilt.spec import (
+    CaptionerCard,
+    CurateSpec,
+    FilterCard,
+    HubCheckpoint,
+    Images,
+    LocalCheckpoint,
+    Sampling,
+    Thresholds,
+)
+
+REVISION = "0" * 40
+
+
+def spec_data() -> dict[str, Any]:
+    return {
+        "kind": "curate",
+        "input": {"paths": ["/in"]},
+        "output": "/out",
+        "captioner": {
+            "role": "captioner",
+            "name": "c",
+            "checkpoint": {"hub": "owner/captioner", "revision": REVISION},
+            "image_size": 384,
+        },
+        "filter": {
+            "role": "filter",
+            "name": "f",
+            "checkpoint": {"hub": "owner/filter", "revision": REVISION},
+            "image_size": 384,
+        },
+    }
+
+
+def prints(**changes: Any) -> Fingerprints:
+    """Fingerprints of the spec above with some fields set, `a__b` for a.b."""
+    data = spec_data()
+    for path, value in changes.items():
+        node = data
+        *parents, last = path.split("__")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    return run_fingerprints(CurateSpec.model_validate(data))
+
+
+ALL, SCORE, DECIDE, NONE = ("caption", "score", "decide"), ("score", "decide"), ("decide",), ()
+OTHER = {"hub": "owner/captioner", "revision": "1" * 40}
+
+CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
+    ("captioner__checkpoint", OTHER, ALL),
+    ("captioner__prompt", "", ALL),
+    ("captioner__image_size", 224, ALL),
+    ("captioner__dtype", "bfloat16", ALL),
+    ("sampling__candidates", 2, ALL),
+    ("sampling__top_p", 0.95, ALL),
+    ("sampling__top_k", 50, ALL),
+    ("sampling__temperature", 0.9, ALL),
+    ("sampling__repetition_penalty", 1.0, ALL),
+    ("sampling__min_tokens", 5, ALL),
+    ("sampling__max_tokens", 30, ALL),
+    ("sampling__seed", 1, ALL),
+    ("images__max_pixels", 1000, ALL),
+    ("images__max_bytes", 1000, ALL),
+    ("filter__checkpoint", OTHER, SCORE),
+    ("filter__first_token", "[CLS]", SCORE),
+    ("filter__max_tokens", 30, SCORE),
+    ("filter__image_size", 224, SCORE),
+    ("filter__dtype", "bfloat16", SCORE),
+    ("filter__thresholds", {"web": 0.4}, DECIDE),
+    ("thresholds", {"web": 0.4}, DECIDE),
+    ("thresholds", {"synthetic": 0.4}, DECIDE),
+    ("captioner__name", "other", NONE),
+    ("captioner__batch_size", 1, NONE),
+    ("captioner__placement", {"cpus": 3, "max_actors": 2}, NONE),
+    ("captioner__licence", "mit", NONE),
+    ("captioner__allow_pickle", True, NONE),
+    ("filter__name", "other", NONE),
+    ("filter__batch_size", 1, NONE),
+    ("filter__placement", {"gpus": 1}, NONE),
+    ("filter__licence", "mit", NONE),
+    ("filter__allow_pickle", True, NONE),
+    ("images__quarantine_bytes", 0, NONE),
+    ("fragment_rows", 7, NONE),
+    ("max_error_fraction", 0.5, NONE),
+    ("ray", {"num_cpus": 1}, NONE),
+    ("output", "/elsewhere", NONE),
+    ("input", {"paths": ["/other"]}, NONE),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "stale"), CHANGES, ids=[f"{name}={value}" for name, value, _ in CHANGES])
+def test_what_a_field_makes_stale(field: str, value: Any, stale: tuple[str, ...]) -> None:
+    before, after = prints(), prints(**{field: value})
+    changed = tuple(stage for stage in ALL if getattr(before, stage) != getattr(after, stage))
+    assert changed == stale
+
+
+@pytest.mark.parametrize(
+    ("prefix", "model", "constant"),
+    [
+        ("captioner__", CaptionerCard, {"role"}),
+        ("filter__", FilterCard, {"role"}),
+        ("sampling__", Sampling, set()),
+        ("images__", Images, set()),
+    ],
+)
+def test_every_field_has_a_line_above(prefix: str, model: type[BaseModel], constant: set[str]) -> None:
+    """A new field must say what it makes stale."""
+    listed = {name.removeprefix(prefix) for name, _, _ in CHANGES if name.startswith(prefix)}
+    assert listed == set(model.model_fields) - constant
+
+
+def test_form() -> None:
+    found = prints()
+    for stage in ALL:
+        assert len(getattr(found, stage)) == 16
+        int(getattr(found, stage), 16)
+    assert len({found.caption, found.score, found.decide}) == 3
+    assert found == prints()
+
+
+def test_thresholds_written_out_are_the_defaults() -> None:
+    assert prints(thresholds={"web": 0.5, "synthetic": 0.5}) == prints()
+    assert prints(thresholds=Thresholds(), filter__thresholds={"web": 0.1}) == prints()
+
+
+def test_needs_no_torch() -> None:
+    code = "import sys, capfilt.fingerprints; sys.exit(any(m in sys.modules for m in ('torch', 'transformers', 'ray')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    directory = tmp_path / "checkpoint"
+    directory.mkdir()
+    (directory / "config.json").write_text("{}")
+    (directory / "model.safetensors").write_bytes(b"weights")
+    (directory / "tokenizer.json").write_text("{}")
+    return directory
+
+
+def identity(directory: Path) -> str:
+    return fingerprint(LocalCheckpoint(path=str(directory)))
+
+
+def test_hub_identity() -> None:
+    assert fingerprint(HubCheckpoint(hub="a/b", revision=REVISION)) == f"hub:a/b@{REVISION}"
+
+
+def test_a_copy_is_the_same_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(checkpoint, tmp_path / "copy")
+    (copy / "README.md").write_text("not part of the model")
+    assert identity(copy) == identity(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_changed_byte_is_another_checkpoint(checkpoint: Path, name: str) -> None:
+    before = identity(checkpoint)
+    (checkpoint / name).write_bytes((checkpoint / name).read_bytes() + b" ")
+    assert identity(checkpoint) != before
+
+
+def test_contents_do_not_run_into_names(checkpoint: Path) -> None:
+    before = identity(checkpoint)
+    (checkpoint / "tokenizer.json").rename(checkpoint / "vocab.txt")
+    assert identity(checkpoint) != before
+
+
+def test_weights_in_the_loaders_order(checkpoint: Path) -> None:
+    (checkpoint / "pytorch_model.bin").write_bytes(b"pickle")
+    assert [file.name for file in weight_files(checkpoint)] == ["model.safetensors"]
+    (checkpoint / "model.safetensors").unlink()
+    assert [file.name for file in weight_files(checkpoint)] == ["pytorch_model.bin"]
+
+
+def test_shards(checkpoint: Path) -> None:
+    (checkpoint / "model.safetensors").rename(checkpoint / "model-00001-of-00001.safetensors")
+    index = checkpoint / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+    assert [file.name for file in weight_files(checkpoint)] == [index.name, "model-00001-of-00001.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ('{"weight_map": {"a": "missing.safetensors"}}', "missing.safetensors.*incomplete"),
+        ('{"weight_map": {"a": "../model.safetensors"}}', "not beside it"),
+        ('{"weight_map": {"a": 3}}', "not an index"),
+        ('{"weight_map": []}', "not an index"),
+        ("[]", "not an index"),
+        ("{", "not an index"),
+    ],
+)
+def test_broken_index(checkpoint: Path, index: str, message: str) -> None:
+    shutil.copy(checkpoint / "model.safetensors", checkpoint.parent)
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(CheckpointError, match=f"index.json.*{message}"):
+        identity(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("gone", "message"),
+    [
+        ("config.json", "config.json: no such file"),
+        ("model.safetensors", "no weights"),
+        ("tokenizer.json", "vocab.txt"),
+    ],
+)
+def test_missing_files(checkpoint: Path, gone: str, message: str) -> None:
+    (checkpoint / gone).unlink()
+    with pytest.raises(CheckpointError, match=message) as caught:
+        checkpoint_files(checkpoint)
+    assert str(checkpoint) in str(caught.value)
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no such directory"):
+        identity(tmp_path / "nowhere")

@@ -1,0 +1,117 @@
+"""Specs and cards: what is wrong is named by its path, and every YAML on disk is valid."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from capfilt.errors import SpecError
+from capfilt.spec import FilterCard, HubCheckpoint, LocalCheckpoint, load_card, load_spec
+
+ROOT = Path(__file__).parent.parent
+CARD = "role: {role}\nname: {role}\ncheckpoint: {{path: ckpt}}\nimage_size: 32\n"
+
+
+@pytest.fixture
+def spec_file(tmp_path: Path) -> Path:
+    (tmp_path / "cards").mkdir()
+    for role in ("captioner", "filter"):
+        (tmp_path / "cards" / f"{role}.yaml").write_text(CARD.format(role=role))
+    path = tmp_path / "specs" / "run.yaml"
+    path.parent.mkdir()
+    path.write_text(
+        "kind: curate\ninput: {paths: ../data}\noutput: out\n"
+        "captioner: ../cards/captioner.yaml\nfilter: ../cards/filter.yaml\n"
+    )
+    return path
+
+
+def test_paths_resolve_against_the_file_they_are_written_in(spec_file: Path, tmp_path: Path) -> None:
+    spec = load_spec(spec_file)
+    assert spec.input.paths == (str(tmp_path / "data"),)
+    assert spec.output == str(tmp_path / "specs" / "out")
+    assert spec.captioner.checkpoint == LocalCheckpoint(path=str(tmp_path / "cards" / "ckpt"))
+
+
+def test_urls_stay(spec_file: Path) -> None:
+    spec = load_spec(spec_file, ["input.paths=[s3://bucket/a, b]", "output=s3://bucket/out"])
+    assert spec.input.paths == ("s3://bucket/a", str(spec_file.parent / "b"))
+    assert spec.output == "s3://bucket/out"
+
+
+def test_set_reaches_into_cards_and_reads_yaml(spec_file: Path) -> None:
+    spec = load_spec(spec_file, ["captioner.batch_size=3", "sampling.top_p=0.85", "thresholds.web=0.7"])
+    assert spec.captioner.batch_size == 3
+    assert spec.sampling.top_p == 0.85
+    assert spec.effective_thresholds.web == 0.7
+    assert spec.batch_size == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sampling.topp=1", "sampling.topp: unknown field; did you mean top_p?"),
+        ("captioner.batchsize=1", "captioner.batchsize: unknown field; did you mean batch_size?"),
+        ("max_errors=1", "max_errors: unknown field; did you mean max_error_fraction?"),
+        ("filter.checkpoint={hub: a/b, revision: main}", "filter.checkpoint.revision: String should match pattern"),
+        ("filter.checkpoint={hub: a/b}", "filter.checkpoint.revision: required"),
+        ("filter.thresholds.web=2", "filter.thresholds.web: Input should be less than or equal to 1 (got 2)"),
+        ("fragment_rows=0", "fragment_rows: Input should be greater than or equal to 1 (got 0)"),
+        ("captioner.placement={min_actors: 3, max_actors: 2}", "min_actors (3) is above max_actors (2)"),
+        ("sampling={min_tokens: 9, max_tokens: 3}", "min_tokens (9) is above max_tokens (3)"),
+        ("filter=7", "filter: Input should be a valid dictionary"),
+        ("nonsense", "write it as path=value"),
+        ("kind=[", "not valid YAML"),
+        ("output.x=1", "output is 'out', not a mapping"),
+        ("captioner.role=filter", "captioner.role: Input should be 'captioner'"),
+        ("kind=bake", "kind: Input should be 'curate'"),
+    ],
+)
+def test_what_is_wrong_is_named(spec_file: Path, override: str, message: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_spec(spec_file, [override])
+    assert message in str(caught.value)
+
+
+def test_a_secret_is_refused_and_not_repeated(spec_file: Path) -> None:
+    override = "input.storage_options={client_kwargs: {aws_secret_access_key: hunter2}}"
+    with pytest.raises(SpecError, match="looks like a secret") as caught:
+        load_spec(spec_file, [override])
+    assert "hunter2" not in str(caught.value)
+
+
+def test_missing_files_and_fields(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"nowhere.yaml: no such file"):
+        load_spec(tmp_path / "nowhere.yaml")
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(SpecError, match="expected a mapping"):
+        load_spec(tmp_path / "empty.yaml")
+    (tmp_path / "list.yaml").write_text("kind: curate")
+    with pytest.raises(SpecError, match="input: required"):
+        load_spec(tmp_path / "list.yaml")
+
+
+def test_specs_are_frozen(spec_file: Path) -> None:
+    with pytest.raises(ValidationError):
+        load_spec(spec_file).fragment_rows = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "models").glob("**/*.yaml")), ids=lambda path: path.name)
+def test_every_card_on_disk(path: Path) -> None:
+    card = load_card(path)
+    assert card.name == path.stem
+    if isinstance(card.checkpoint, HubCheckpoint):
+        assert card.licence != "unknown"
+    if isinstance(card, FilterCard):
+        assert card.first_token == "[ENC]"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("**/*.yaml")), ids=lambda path: path.name)
+def test_every_spec_on_disk(path: Path) -> None:
+    load_spec(path)
+
+
+def test_the_cards_of_the_paper_are_there() -> None:
+    assert len(list((ROOT / "models").glob("blip-*.yaml"))) == 6
