@@ -5,7 +5,11 @@ Exit codes: 0 done, 1 failed, 2 bad usage or spec, 3 stopped by the error budget
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from capfilt.errors import CapfiltError
+from capfilt.errors import CapfiltError, RunInterruptedError
 from capfilt.spec import CurateSpec, load_spec
 
 if TYPE_CHECKING:
@@ -48,7 +52,41 @@ def run(spec: SpecFile, overrides: Overrides = None) -> None:
 def _run(spec: CurateSpec) -> None:
     from capfilt.pipelines.curate import curate
 
-    _print_summary(curate(spec, console=err))
+    try:
+        with _native_noise_in_a_file() as console:
+            summary = curate(spec, console=console)
+    except KeyboardInterrupt:
+        raise RunInterruptedError("interrupted; what was finished is kept. Run the same command again to resume") from None
+    _print_summary(summary)
+
+
+@contextmanager
+def _native_noise_in_a_file() -> Iterator[Console]:
+    """Keep what Ray's native code writes to descriptor 2 off the terminal, in a file that is left where a run fails.
+
+    Yields a console on the real standard error.
+    """
+    sys.stderr.flush()
+    real = os.dup(2)
+    noise = tempfile.NamedTemporaryFile("wb", prefix="capfilt-", suffix=".log", delete=False)  # noqa: SIM115
+    os.dup2(noise.fileno(), 2)
+    done = False
+    try:
+        with os.fdopen(os.dup(real), "w") as stream:
+            yield Console(file=stream, soft_wrap=True)
+        done = True
+    except KeyboardInterrupt:
+        done = True
+        raise
+    finally:
+        sys.stderr.flush()
+        os.dup2(real, 2)
+        os.close(real)
+        noise.close()
+        if done or not os.path.getsize(noise.name):
+            os.unlink(noise.name)
+        else:
+            _say(f"capfilt: what Ray had to say is in {noise.name}", err)
 
 
 @app.command()
@@ -149,7 +187,7 @@ def demo(
     _run(loaded)
 
 
-# --- printing -----------------------------------------------------------------------------------------------------------
+# --- printing ---
 
 
 def _say(line: str, console: Console = out) -> None:
@@ -162,6 +200,9 @@ def _printable(text: str) -> str:
 
 
 def _print_summary(summary: Summary) -> None:
+    if not summary.shards and not summary.failures:
+        _say(f"nothing to do: {summary.skipped:,} shards are up to date in {summary.output}")
+        return
     counts, seconds = summary.counts, summary.elapsed
     rows = Table("rows", "", title=f"run {summary.run}", title_justify="left")
     rows.add_row(f"{counts.rows:,}", f"in {summary.shards:,} shards, in {seconds:,.1f} s")
@@ -184,7 +225,7 @@ def _print_summary(summary: Summary) -> None:
     for message in summary.failures.values():
         _say(f"not curated: {message}")
     spent = sorted(summary.seconds.items(), key=lambda item: -item[1])
-    stages = ", ".join(f"{name} {seconds:,.1f} s" for name, seconds in spent)
+    stages = ", ".join(f"{name} {time:,.1f} s" for name, time in spent)
     if stages:
         _say(f"stages, summed over workers: {stages}")
     _say(f"dataset: {summary.output}/pairs, every row and reason: {summary.output}/annotations")
@@ -197,6 +238,3 @@ def main() -> None:
     except CapfiltError as error:
         _say(f"capfilt: {error}", err)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _say("capfilt: interrupted; what was finished is kept. Run the same command again to resume", err)
-        sys.exit(130)

@@ -7,7 +7,8 @@
     ├── CheckpointError    a checkpoint cannot be found, trusted or loaded
     ├── DatasetError       the output tables are not what they should be
     │   └── ConflictError  another driver commits to the same output
-    └── ErrorBudgetError   too many rows are errors                      exit 3
+    ├── ErrorBudgetError   too many rows are errors                      exit 3
+    └── RunInterruptedError  Ctrl-C or SIGTERM, on the command line    exit 130
 
 Every message names the file, the field or the shard, and the next thing to do.
 """
@@ -66,3 +67,9 @@ class ErrorBudgetError(CapfiltError):
     """More rows are errors than ``max_error_fraction`` allows."""
 
     exit_code = 3
+
+
+class RunInterruptedError(CapfiltError):
+    """A person or a cluster stopped the run; what was finished is kept."""
+
+    exit_code = 130

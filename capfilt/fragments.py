@@ -1,7 +1,7 @@
 """List inputs, read fragments, write Parquet: the one module that touches the inputs' storage, on any fsspec URL.
 
-A fragment is a run of rows of one input file, the unit of work and of what a crash can cost. It follows row groups where
-they are small and slices those that are large, without reading the whole file.
+A fragment is a run of rows of one input file, the unit of work and of what a crash can cost. It follows row groups
+where they are small and slices those that are large, without reading the whole file.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import glob
 import hashlib
+import itertools
 import os
 import posixpath
 import re
@@ -109,7 +110,7 @@ class Fragment:
         parts = min(parts, self.rows)
         cuts = [self.start + self.rows * i // parts for i in range(parts + 1)]
         return [
-            Fragment(self.file, self.layout, a, b, self.file_rows) for a, b in zip(cuts[:-1], cuts[1:], strict=True)
+            Fragment(self.file, self.layout, a, b, self.file_rows) for a, b in itertools.pairwise(cuts)
         ]
 
 
@@ -134,7 +135,7 @@ class Row:
     readable: bool = True
 
 
-# --- listing -----------------------------------------------------------------------------------------------------------
+# --- listing ---
 
 
 def list_inputs(spec: Input, exclude: str | None = None) -> list[InputFile]:
@@ -206,7 +207,7 @@ def _is_local(fs: Any) -> bool:
     return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
-# --- footers and splitting ---------------------------------------------------------------------------------------------
+# --- footers and splitting ---
 
 
 def read_footer(file: InputFile, columns: Columns, options: Mapping[str, Any]) -> Footer:
@@ -305,7 +306,7 @@ def cut(
             begin = a
         pieces = -(-(b - begin) // fragment_rows)
         cuts = [begin + (b - begin) * i // pieces for i in range(pieces + 1)]
-        ranges += list(zip(cuts[:-2], cuts[1:-1], strict=True))
+        ranges += list(itertools.pairwise(cuts[:-1]))
         begin, end = cuts[-2], b
         if pieces > 1:
             ranges.append((begin, end))
@@ -315,7 +316,7 @@ def cut(
     return ranges
 
 
-# --- reading -----------------------------------------------------------------------------------------------------------
+# --- reading ---
 
 
 class _Opened:
@@ -461,7 +462,7 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[:300]}"
 
 
-# --- writing -----------------------------------------------------------------------------------------------------------
+# --- writing ---
 
 _ROW_GROUP_BYTES = 32 * 2**20
 

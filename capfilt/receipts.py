@@ -1,8 +1,8 @@
 """What a worker hands back for a fragment, and its durable copy.
 
-A receipt says which files hold a run of rows and what became of them. The worker stores it beside the dataset as its last
-act, so a driver that dies costs at most the fragments in flight: the next one adopts the receipts of what was finished and
-not yet committed. A shard is committed when its receipts cover all its rows.
+A receipt says which files hold a run of rows and what became of them. The worker stores it beside the dataset as its
+last act, so a driver that dies costs at most the fragments in flight: the next one adopts the receipts of what was
+finished and not yet committed. A shard is committed when its receipts cover all its rows.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import uuid
 from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -92,7 +93,7 @@ def shard_commit(receipts: Sequence[Receipt]) -> ShardCommit:
     )
 
 
-# --- the durable copy ---------------------------------------------------------------------------------------------------
+# --- the durable copy ---
 
 
 def store(receipt: Receipt, output: str, options: Mapping[str, Any]) -> None:
@@ -109,7 +110,7 @@ def store(receipt: Receipt, output: str, options: Mapping[str, Any]) -> None:
         os.makedirs(directory, exist_ok=True)
         with open(f"{name}.tmp", "wb") as file:
             file.write(text)
-        os.replace(f"{name}.tmp", name)
+        Path(f"{name}.tmp").replace(name)
     else:
         fs.pipe_file(name, text)
 

@@ -7,8 +7,8 @@ import re
 MAX_WORDS = 50
 """BLIP's limit (data/utils.py, pre_caption)."""
 
-# What a reader cannot see. bert-base-uncased's own clean-up drops these too, so scores do not change; dropping them here
-# makes texts that look alike compare alike, and an invisible text empty. Surrogates cannot be encoded at all.
+# What a reader cannot see. bert-base-uncased's own clean-up drops these too, so scores do not change; dropping them
+# here makes texts that look alike compare alike, and an invisible text empty. Surrogates cannot be encoded at all.
 _UNSEEN = re.compile(
     "[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb"
     "\ud800-\udfff\U000e0000-\U000e007f]+"

@@ -69,13 +69,13 @@ class RaisingFilter(HashFilter):
         ]
 
 
-def load_hash(spec: CurateSpec, device: str) -> tuple[HashCaptioner, HashFilter]:
+def load_hash(spec: CurateSpec, _device: str) -> tuple[HashCaptioner, HashFilter]:
     return HashCaptioner(spec), HashFilter()
 
 
-def load_poison(spec: CurateSpec, device: str) -> tuple[HashCaptioner, HashFilter]:
+def load_poison(spec: CurateSpec, _device: str) -> tuple[HashCaptioner, HashFilter]:
     return HashCaptioner(spec), PoisonFilter()
 
 
-def load_raising(spec: CurateSpec, device: str) -> tuple[HashCaptioner, HashFilter]:
+def load_raising(spec: CurateSpec, _device: str) -> tuple[HashCaptioner, HashFilter]:
     return HashCaptioner(spec), RaisingFilter()

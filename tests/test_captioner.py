@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from capfilt.spec import CaptionerCard, LocalCheckpoint, Sampling
 
 torch.set_num_threads(1)
 
-COUNT = 70
+COUNT = 66
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def captioner(
 ) -> Captioner:
     fields = {"image_size": 32, **fields}
     card = CaptionerCard(role="captioner", name="t", checkpoint=LocalCheckpoint(path=str(checkpoint)), **fields)
-    return Captioner(card, sampling or Sampling(candidates=2, max_tokens=12), "cpu", tie_tolerance)
+    return Captioner(card, sampling or Sampling(candidates=2, max_tokens=9), "cpu", tie_tolerance)
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +57,10 @@ def reference(checkpoint: Path, images: Tensor, shas: list[str]) -> list[list[st
     return [alone.caption(images[i : i + 1], shas[i : i + 1])[0] for i in range(COUNT)]
 
 
-@pytest.mark.parametrize("tie_tolerance", [TIE_TOLERANCE, 0.02, 1e9])
-@pytest.mark.parametrize("batch_size", [1, 7, 64])
+@pytest.mark.parametrize(
+    ("batch_size", "tie_tolerance"),
+    [(1, TIE_TOLERANCE), *((size, tolerance) for size in (7, 64) for tolerance in (TIE_TOLERANCE, 0.02, 1e9))],
+)
 def test_a_row_has_its_captions_in_any_batch(
     checkpoint: Path,
     images: Tensor,
@@ -68,9 +71,11 @@ def test_a_row_has_its_captions_in_any_batch(
 ) -> None:
     batched = captioner(checkpoint, tie_tolerance=tie_tolerance, batch_size=batch_size)
     assert batched.caption(images, shas) == reference
-    if tie_tolerance == 1e9:  # every draw is a tie: every caption is written again, but where it was alone already
-        assert batched.rewritten == (0 if batch_size == 1 else 2 * COUNT)
-    elif tie_tolerance == 0.02 and batch_size > 1:  # some are, so two ways of writing agree in one batch
+    if batch_size == 1:  # alone already
+        assert batched.rewritten == 0
+    elif tie_tolerance == 1e9:  # every draw is a tie: every caption is written again
+        assert batched.rewritten == 2 * COUNT
+    elif tie_tolerance == 0.02:  # some are, so two ways of writing agree in one batch
         assert 5 < batched.rewritten < 2 * COUNT - 5
 
 
@@ -88,17 +93,19 @@ def test_a_row_has_its_captions_among_any_neighbours(
 def test_a_candidate_does_not_know_how_many_there_are(
     checkpoint: Path, images: Tensor, shas: list[str], reference: list[list[str]]
 ) -> None:
-    five = captioner(checkpoint, Sampling(candidates=5, max_tokens=12)).caption(images[:9], shas[:9])
+    five = captioner(checkpoint, Sampling(candidates=5, max_tokens=9)).caption(images[:9], shas[:9])
     assert [own[:2] for own in five] == reference[:9]
     assert all(len(set(own)) == 5 for own in five)
 
 
-def test_what_a_caption_depends_on(checkpoint: Path, images: Tensor, shas: list[str], reference: list[list[str]]) -> None:
+def test_what_a_caption_depends_on(
+    checkpoint: Path, images: Tensor, shas: list[str], reference: list[list[str]]
+) -> None:
     assert len({text for own in reference for text in own}) > 1.9 * COUNT
     same = captioner(checkpoint)
     other_picture = same.caption(images[1:9], shas[:8])
     other_sha = same.caption(images[:8], shas[1:9])
-    other_seed = captioner(checkpoint, Sampling(candidates=2, max_tokens=12, seed=1)).caption(images[:8], shas[:8])
+    other_seed = captioner(checkpoint, Sampling(candidates=2, max_tokens=9, seed=1)).caption(images[:8], shas[:8])
     for other in (other_picture, other_sha, other_seed):
         assert sum(a == b for a, b in zip(other, reference[:8], strict=True)) <= 1
 
@@ -120,7 +127,9 @@ def test_cold_sampling_is_transformers_greedy_search(
     ours = captioner(checkpoint, sampling, 0, prompt=prompt)
     with quiet():
         theirs = BlipForConditionalGeneration.from_pretrained(checkpoint, local_files_only=True).eval()
-    prompt_ids = torch.tensor([ours._prompt_P + [0]])  # generate() cuts the last, meant for [SEP]
+    for model in (ours._blip.model, theirs):
+        model.text_decoder.cls.predictions.bias.data[ours._blip.sep] += 2.5  # greedy captions end, some early
+    prompt_ids = torch.tensor([[*ours._prompt_P, 0]])  # generate() cuts the last, meant for [SEP]
     with quiet(), torch.inference_mode():
         ids = theirs.generate(
             pixel_values=normalise(images[:20], torch.float32),
@@ -134,7 +143,7 @@ def test_cold_sampling_is_transformers_greedy_search(
     new = ids[:, len(ours._prompt_P) :].tolist()
     expected = [ours._text([token for token in row if token not in (ours._blip.sep, ours._blip.pad)]) for row in new]
     assert [own[0] for own in ours.caption(images[:20], shas[:20])] == expected
-    assert len({len(text.split()) for text in expected}) > 2  # some end early
+    assert len({len(text.split()) for text in expected}) > 2
 
 
 def test_no_marks_in_captions(checkpoint: Path, images: Tensor, shas: list[str]) -> None:
@@ -194,8 +203,8 @@ def test_misuse(checkpoint: Path, images: Tensor, shas: list[str]) -> None:
     with pytest.raises(ValueError, match="expected uint8"):
         good.caption(images[:1, :, :16, :16], shas[:1])
     with pytest.raises(SpecError, match=r"captioner.prompt and sampling.max_tokens: \d+ tokens.*128 positions"):
-        captioner(checkpoint, Sampling(max_tokens=26), prompt="q " * 100)
-    captioner(checkpoint, Sampling(max_tokens=26), prompt="q " * 100 + "x")  # 1 + 101 + 26 = 128
+        captioner(checkpoint, Sampling(max_tokens=26), prompt="q." * 51)
+    captioner(checkpoint, Sampling(max_tokens=26), prompt="q." * 50 + "x")  # 1 + 101 + 26 = 128
 
 
 def test_broken_weights_are_not_captions(checkpoint: Path, images: Tensor, shas: list[str]) -> None:
@@ -206,8 +215,6 @@ def test_broken_weights_are_not_captions(checkpoint: Path, images: Tensor, shas:
 
 
 def test_a_vocabulary_of_marks(checkpoint: Path, tmp_path: Path) -> None:
-    import shutil
-
     marks = shutil.copytree(checkpoint, tmp_path / "marks")
     (marks / "tokenizer.json").unlink()
     size = len((marks / "vocab.txt").read_text().splitlines())

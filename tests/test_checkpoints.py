@@ -101,7 +101,10 @@ def test_tiny_has_a_token_for_any_ascii(pair: tuple[Path, Path]) -> None:
 
 
 def drop(key: str) -> Callable[[Path], None]:
-    return lambda path: edit_weights(path, lambda weights: weights.pop(key) is None)  # type: ignore[func-returns-value]
+    def edit(weights: dict[str, torch.Tensor]) -> None:
+        del weights[key]
+
+    return lambda path: edit_weights(path, edit)
 
 
 def truncate(path: Path) -> None:
@@ -177,7 +180,7 @@ def test_the_other_roles_checkpoint(pair: tuple[Path, Path], tmp_path: Path) -> 
         load(captioner_card(pair[1]), "cpu")
     silent = shutil.copytree(pair[1], tmp_path / "silent")  # a config that does not say what it is
     edit_config(silent, architectures=None)
-    with pytest.raises(CheckpointError, match="missing keys .*text_decoder"):
+    with pytest.raises(CheckpointError, match=r"missing keys .*text_decoder"):
         load(captioner_card(silent), "cpu")
 
 
@@ -196,7 +199,7 @@ def to_pickle(path: Path) -> None:
 def test_pickles_are_asked_for(captioner: Path) -> None:
     safe = load(captioner_card(captioner), "cpu").model.state_dict()
     to_pickle(captioner)
-    with pytest.raises(CheckpointError, match="pytorch_model.bin: a pickle.*allow_pickle: true"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin: a pickle.*allow_pickle: true"):
         load(captioner_card(captioner), "cpu")
     loaded = load(captioner_card(captioner, allow_pickle=True), "cpu").model.state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in safe.items())

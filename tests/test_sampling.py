@@ -105,7 +105,7 @@ def test_nucleus_is_transformers(top_k: int, top_p: float) -> None:
     for token in range(40):  # a token that wins every race is drawn if and only if it is in the nucleus
         noise = torch.zeros(20, 40, dtype=torch.float64)
         noise[:, token] = 1e6
-        drawn = draw(logits, noise, top_k, top_p, 0).token_R == token
+        drawn = draw(logits, noise, top_k, top_p, 0).token == token
         assert torch.equal(drawn, kept[:, token].isfinite()), token
 
 
@@ -114,7 +114,7 @@ def test_frequencies(top_k: int, top_p: float) -> None:
     logits = random_logits(1, 12, 5, scale=1.0)
     kept = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
     expected = (TopPLogitsWarper(top_p)(None, kept) if top_p < 1 else kept).softmax(-1)[0] * 40_000
-    token = draw(logits.expand(40_000, -1), gumbel(keys(40_000), 2, 12, CPU), top_k, top_p, 0).token_R
+    token = draw(logits.expand(40_000, -1), gumbel(keys(40_000), 2, 12, CPU), top_k, top_p, 0).token
     counts = torch.bincount(token, minlength=12)
     assert (counts[expected == 0] == 0).all()
     seen = expected > 0
@@ -137,8 +137,8 @@ def test_an_untied_draw_survives_any_error_of_the_tolerance(seed: int, top_k: in
     generator = torch.Generator().manual_seed(seed + 1)
     for _ in range(5):
         sign = torch.randint(0, 2, logits.shape, generator=generator) * 2 - 1  # the worst errors are the largest
-        other = draw(logits + sign * tolerance / 2 * 0.999, noise, top_k, top_p, 0).token_R
-        assert torch.equal(other[~drawn.tied_R], drawn.token_R[~drawn.tied_R])
+        other = draw(logits + sign * tolerance / 2 * 0.999, noise, top_k, top_p, 0).token
+        assert torch.equal(other[~drawn.tied], drawn.token[~drawn.tied])
 
 
 def test_ties_are_few_and_real() -> None:
@@ -146,16 +146,16 @@ def test_ties_are_few_and_real() -> None:
     tolerance = 0.02
     logits, noise = random_logits(20_000, 100, 3), gumbel(keys(20_000), 0, 100, CPU)
     drawn = draw(logits, noise, 0, 0.9, tolerance)
-    assert 0.2 * tolerance < drawn.tied_R.double().mean().item() < 3 * tolerance
+    assert 0.2 * tolerance < drawn.tied.double().mean().item() < 3 * tolerance
     errors = (torch.rand(logits.shape, generator=torch.Generator().manual_seed(4)) - 0.5) * tolerance
-    changed = draw(logits + errors, noise, 0, 0.9, 0).token_R != drawn.token_R
+    changed = draw(logits + errors, noise, 0, 0.9, 0).token != drawn.token
     assert changed.sum() > 20
-    assert (drawn.tied_R | ~changed).all()
+    assert (drawn.tied | ~changed).all()
 
 
 def test_nothing_ties_without_tolerance() -> None:
     logits = torch.zeros(50, 10)  # all equal
-    assert not draw(logits, gumbel(keys(50), 0, 10, CPU), 3, 0.9, 0).tied_R.any()
+    assert not draw(logits, gumbel(keys(50), 0, 10, CPU), 3, 0.9, 0).tied.any()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

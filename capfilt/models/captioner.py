@@ -26,15 +26,15 @@ class Captioner:
     """BLIP's image-grounded text decoder as a sampler (BLIP section 3.1; salesforce/BLIP, models/blip.py, generate).
 
     **Reproducible.** A caption is a function of the image's pixels and sha256, the candidate's number, the card and the
-    sampling; not of the batch, its order or size, the other candidates, or the worker. The random numbers are the row's own
-    (capfilt.models.sampling). The arithmetic is not quite: float32 rounds differently in other batch shapes. So a draw that
-    such an error could change is recognised, and its caption is written again alone: one image, one candidate. In bfloat16
-    the errors are too large to recognise: there only the random numbers are the row's, and captions may differ between
-    batch shapes. Between machines float32 itself may differ (other CPUs, GPUs, libraries), in captions written alone.
+    sampling; not of the batch, its order or size, the other candidates, or the worker. The random numbers are the row's
+    own (capfilt.models.sampling). The arithmetic is not quite: float32 rounds differently in other batch shapes. So a
+    draw that such an error could change is recognised, and its caption is written again alone: one image, one
+    candidate. In bfloat16 the errors are too large for that: there only the random numbers are the row's, and captions
+    may differ between batch shapes. On other hardware, libraries or thread counts captions written alone may differ.
 
     Attributes:
         image_size: side in pixels of the images it takes.
-        rewritten: captions written again alone, so far; 0.1% or so in float32.
+        rewritten: captions written again alone, so far; about 0.3% in float32.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class Captioner:
             sha256: of each image's bytes as they came: hex digits or 32 bytes.
 
         Returns:
-            B lists of K captions, prompt cut, without special tokens; lower case, as bert-base-uncased is. A caption can be
-            empty where `min_tokens` is 0.
+            B lists of K captions, prompt cut, without special tokens; lower case, as bert-base-uncased is. A caption
+            can be empty where `min_tokens` is 0.
 
         Raises:
             ValueError: shapes do not agree, or a sha256 is not one.
@@ -126,8 +126,8 @@ class Captioner:
             logits_RV = draws.adjust(logits_RV, used_RV, self._banned_V, eos, step, self._sampling)
             noise_RV = draws.gumbel(keys_R, step, logits_RV.shape[1], device)
             drawn = draws.draw(logits_RV, noise_RV, self._sampling.top_k, self._sampling.top_p, tolerance)
-            tied_R |= drawn.tied_R & ~ended_R
-            token_R = torch.where(ended_R, eos, drawn.token_R)
+            tied_R |= drawn.tied & ~ended_R
+            token_R = torch.where(ended_R, eos, drawn.token)
             new_RL.append(token_R)
             used_RV.scatter_(1, token_R[:, None], True)
             ended_R |= token_R == eos

@@ -16,7 +16,6 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from tokenizers import Tokenizer
-from tokenizers.implementations import BertWordPieceTokenizer
 from torch import Tensor
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
 from transformers.utils import logging as transformers_logging
@@ -24,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from capfilt.errors import CheckpointError, SpecError
 from capfilt.fingerprints import TOKENIZER_FILES, checkpoint_files, weight_files
 from capfilt.models.preprocess import normalise
+from capfilt.models.tokenizer import read_tokenizer, token_ids
 from capfilt.spec import CaptionerCard, FilterCard, HubCheckpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -115,7 +115,7 @@ def load(card: CaptionerCard | FilterCard, device: str) -> Loaded:
     patch = model.config.vision_config.patch_size
     if card.image_size % patch:
         raise SpecError(f"{card.name}: image_size {card.image_size} is not a multiple of the patch size {patch}")
-    tokenizer = _tokenizer(directory)
+    tokenizer = read_tokenizer(directory)
     return Loaded(
         model=model.to(torch.device(device)),
         tokenizer=tokenizer,
@@ -123,7 +123,7 @@ def load(card: CaptionerCard | FilterCard, device: str) -> Loaded:
         image_size=card.image_size,
         device=torch.device(device),
         dtype=DTYPES[card.dtype],
-        **_token_ids(tokenizer, model.config.text_config, directory),
+        **token_ids(tokenizer, model.config.text_config, directory),
     )
 
 
@@ -136,23 +136,39 @@ def locate(card: CaptionerCard | FilterCard) -> Path:
     checkpoint = card.checkpoint
     if not isinstance(checkpoint, HubCheckpoint):
         return Path(checkpoint.path)
-    wanted = ["config.json", *TOKENIZER_FILES, *_SAFETENSORS]
-    for local in (True, False):  # a revision never changes, so the cache is asked first and alone
-        try:
-            directory = Path(snapshot_download(checkpoint.hub, revision=checkpoint.revision, allow_patterns=wanted, local_files_only=local))  # fmt: skip
-            if card.allow_pickle and not any((directory / name).exists() for name in _SAFETENSORS):
-                snapshot_download(checkpoint.hub, revision=checkpoint.revision, allow_patterns=_PICKLES, local_files_only=local)  # fmt: skip
-            checkpoint_files(directory)
-        except (OSError, ValueError, CheckpointError) as error:
-            failure = error
-        else:
-            return directory
-    raise CheckpointError(
-        f"{checkpoint.hub} at {checkpoint.revision} is not in the cache and could not be downloaded: {failure}\n"
-        f"On a connected machine: hf download {checkpoint.hub} --revision {checkpoint.revision} --local-dir DIR\n"
-        "then give the card `checkpoint: {path: DIR}`, or set HF_HOME to a cache that holds it."
-        + ("" if card.allow_pickle else "\nIf the revision has a pytorch_model.bin only: allow_pickle: true.")
-    ) from failure
+    try:
+        return _fetch(card, checkpoint, local_only=True)  # a revision never changes: ask the cache first, alone
+    except CheckpointError:
+        pass
+    try:
+        return _fetch(card, checkpoint, local_only=False)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{checkpoint.hub} at {checkpoint.revision} is not in the cache and could not be downloaded: {error}\n"
+            f"On a connected machine: hf download {checkpoint.hub} --revision {checkpoint.revision} --local-dir DIR\n"
+            "then give the card `checkpoint: {path: DIR}`, or set HF_HOME to a cache that holds it."
+            + ("" if card.allow_pickle else "\nIf the revision has a pytorch_model.bin only: allow_pickle: true.")
+        ) from error
+
+
+def _fetch(card: CaptionerCard | FilterCard, checkpoint: HubCheckpoint, local_only: bool) -> Path:
+    """The hub's snapshot of a revision, with the files a model needs; a pickle only for want of safetensors."""
+
+    def snapshot(patterns: list[str]) -> Path:
+        return Path(
+            snapshot_download(
+                checkpoint.hub, revision=checkpoint.revision, allow_patterns=patterns, local_files_only=local_only
+            )
+        )
+
+    try:
+        directory = snapshot(["config.json", *TOKENIZER_FILES, *_SAFETENSORS])
+        if card.allow_pickle and not any((directory / name).exists() for name in _SAFETENSORS):
+            directory = snapshot(_PICKLES)
+    except Exception as error:  # huggingface_hub's, httpx's and the file system's have no common root
+        raise CheckpointError(f"{type(error).__name__}: {error}") from error
+    checkpoint_files(directory)
+    return directory
 
 
 def _config(directory: Path, architecture: str, role: str) -> BlipConfig:
@@ -217,42 +233,6 @@ def _weights(directory: Path, network: Any, config: BlipConfig, dtype: torch.dty
                 + (", ..." if len(keys) > 5 else "")
             )
     return model.eval().requires_grad_(False)
-
-
-def _tokenizer(directory: Path) -> Tokenizer:
-    file = directory / "tokenizer.json"
-    try:
-        if file.is_file():
-            tokenizer: Tokenizer = Tokenizer.from_file(str(file))
-        else:
-            file = directory / "vocab.txt"
-            tokenizer = BertWordPieceTokenizer(str(file), lowercase=True)._tokenizer
-    except Exception as error:
-        raise CheckpointError(f"{file}: not a tokenizer: {error}") from error
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    # Web captions are other people's text: a caption that spells [SEP] must not become one.
-    tokenizer.encode_special_tokens = True
-    return tokenizer
-
-
-def _token_ids(tokenizer: Tokenizer, config: Any, directory: Path) -> dict[str, int]:
-    """Special ids. The hub's tokenizers are plain BERT's, 30522 tokens; the networks know two more, appended in the order
-    [DEC], [ENC] (salesforce/BLIP, models/blip.py, init_tokenizer)."""
-    ids = {
-        "dec": config.bos_token_id,
-        "enc": tokenizer.token_to_id("[ENC]") or config.bos_token_id + 1,
-        "cls": tokenizer.token_to_id("[CLS]"),
-        "sep": tokenizer.token_to_id("[SEP]"),
-        "pad": tokenizer.token_to_id("[PAD]"),
-    }
-    wrong = [name for name, token in ids.items() if token is None or not 0 <= token < config.vocab_size]
-    if wrong or ids["sep"] != config.sep_token_id or tokenizer.get_vocab_size() > config.vocab_size:
-        raise CheckpointError(
-            f"{directory}: tokenizer and config.json disagree: special tokens {ids}, sep_token_id "
-            f"{config.sep_token_id}, {tokenizer.get_vocab_size()} tokens for a vocabulary of {config.vocab_size}"
-        )
-    return ids
 
 
 @contextlib.contextmanager

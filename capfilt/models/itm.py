@@ -64,8 +64,8 @@ class ItmFilter:
         """Judge every text of every image.
 
         Args:
-            images_BCSS: uint8 [B, 3, S, S], resized RGB. Each goes through the vision transformer once; an image without
-                texts does not. Any B; `batch_size` images, then as many texts, are in the network at a time.
+            images_BCSS: uint8 [B, 3, S, S], resized RGB. Each goes through the vision transformer once, one without
+                texts not at all. Any B; `batch_size` images, then as many texts, are in the network at a time.
             texts: those of each image, cleaned (capfilt.text.clean). Cut to `max_tokens`, [SEP] kept.
 
         Returns:

@@ -3,11 +3,11 @@
 R  rows: one candidate caption of one image each    V  vocabulary    P  prompt tokens    L  new tokens
 
 A token is drawn by a race (the Gumbel-max trick, Maddison et al., "A* Sampling", NeurIPS 2014, section 2): each token
-gets its logit plus a Gumbel variate, and the highest in the nucleus wins. That is sampling from the softmax, and unlike a
-walk along the cumulative distribution it does not care about the order of near-equal probabilities or about where the
-boundaries of a thousand small intervals lie: a rounding error can only change the draw if two tokens finish within it, or
-if the winner sits on the nucleus's edge. Those draws are recognised (:func:`draw`), so a caption is either the same in
-every batch, or known not to be.
+gets its logit plus a Gumbel variate, and the highest in the nucleus wins. That is sampling from the softmax. Unlike a
+walk along the cumulative distribution, it does not care about the order of near-equal probabilities, nor where the
+boundaries of a thousand small intervals lie: a rounding error can only change the draw if two tokens finish within it,
+or if the winner sits on the nucleus's edge. Those draws are recognised (:func:`draw`): a caption is the same in every
+batch, or known to be in doubt.
 
 The variates are counter-based: SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA
 2014) of (key of the row, step, token), in integers, so that any device draws the same bits.
@@ -27,9 +27,9 @@ from capfilt.spec import Sampling
 TIE_TOLERANCE = 1e-4
 """Nats by which the difference of two float32 logits may differ between batch shapes.
 
-Measured at base size, 384 px, random weights scaled to logits of std 4.4 (max 18) and an entropy of 4.0 nats, batches of 1,
-2 and 6: at most 2.0e-5 for a logit, so 4e-5 for a difference. `pytest -m slow tests/test_captioner.py` measures it again;
-on 2 cores of an EPYC.
+Measured at base size, 384 px, random weights scaled to logits of std 4.4 (max 18) and an entropy of 4.0 nats, batches
+of 1, 2 and 6, on 2 cores of an EPYC: at most 2.0e-5 for a logit, so 4e-5 for a difference.
+`pytest -m slow tests/test_captioner.py` measures it again.
 """
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -41,12 +41,12 @@ class Draws(NamedTuple):
     """One step for every row.
 
     Attributes:
-        token_R: int64, the drawn tokens.
-        tied_R: bool; True where an error of the tolerance in the logits could have changed the draw.
+        token: int64 [R], the drawn tokens.
+        tied: bool [R]; True where an error of the tolerance in the logits could have changed the draw.
     """
 
-    token_R: Tensor
-    tied_R: Tensor
+    token: Tensor
+    tied: Tensor
 
 
 def row_key(seed: int, sha256: str | bytes, candidate: int) -> tuple[int, int]:
@@ -85,8 +85,8 @@ def adjust(logits_RV: Tensor, used_RV: Tensor, banned_V: Tensor, eos: int, step:
 
     Args:
         logits_RV: floating, as the network gives them.
-        used_RV: bool; tokens of the row so far, prompt included (CTRL, Keskar et al. 2019, section 4.1; as transformers,
-            negative logits are multiplied).
+        used_RV: bool; tokens of the row so far, prompt included (CTRL, Keskar et al. 2019, section 4.1; as in
+            transformers, negative logits are multiplied).
         banned_V: bool; never drawn.
         step: new tokens so far; the end token is banned until there are `min_tokens`.
 
@@ -124,8 +124,8 @@ def draw(logits_RV: Tensor, noise_RV: Tensor, top_k: int, top_p: float, toleranc
     if 0 < top_k < logits_RV.shape[1]:
         logits_RV, tied_R = _top_k(logits_RV, top_k, tolerance)
     token_R = torch.zeros(rows, dtype=torch.int64, device=logits_RV.device)
-    # Race all tokens. A winner outside the nucleus is struck out with every token not above it, and the rest race again:
-    # what comes first inside is the nucleus's own winner. One round in 1 / top_p on average, and no sort.
+    # Race all tokens. A winner outside the nucleus is struck out with every token not above it, and the rest race
+    # again: the first to win from inside is the nucleus's own winner. About 1 / top_p rounds, and no sort.
     open_R = torch.arange(rows, device=logits_RV.device)
     probability_RV = logits_RV.double().softmax(-1)
     race_RV = logits_RV + noise_RV

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import processors
 from torch import Tensor, nn
 from transformers import (
     BlipConfig,
@@ -21,6 +21,7 @@ from transformers import (
 
 from capfilt.models.checkpoints import quiet
 from capfilt.models.preprocess import CLIP_MEAN, CLIP_STD
+from capfilt.models.tokenizer import bert_tokenizer
 
 IMAGE_SIZE = 32
 WIDTH = 32
@@ -41,7 +42,7 @@ small large big tiny background picture photo image drawing
 dog cat man woman child bird tree house car street sky water grass table wall field beach
 sitting standing holding looking next near front top left right over under
 click to enlarge buy now free shipping not available share your stock royalty loading please wait
-""".split()  # fmt: skip
+"""
 
 
 def write_tiny_pair(directory: Path, seed: int = 0) -> tuple[Path, Path]:
@@ -60,7 +61,7 @@ def write_tiny_pair(directory: Path, seed: int = 0) -> tuple[Path, Path]:
     """
     vocabulary = _vocabulary()
     config = _config(vocabulary)
-    pair = []
+    pair: list[Path] = []
     for role, network in (("captioner", BlipForConditionalGeneration), ("filter", BlipForImageTextRetrieval)):
         path = directory / role
         path.mkdir(parents=True, exist_ok=True)
@@ -76,7 +77,15 @@ def write_tiny_pair(directory: Path, seed: int = 0) -> tuple[Path, Path]:
 
 def _vocabulary() -> dict[str, int]:
     letters = string.ascii_lowercase + string.digits
-    tokens = [*_SPECIAL, *_WORDS, *letters, *string.punctuation, *(f"##{letter}" for letter in letters), "##s", "##ing"]
+    tokens = [
+        *_SPECIAL,
+        *_WORDS.split(),
+        *letters,
+        *string.punctuation,
+        *(f"##{letter}" for letter in letters),
+        "##s",
+        "##ing",
+    ]
     return {token: number for number, token in enumerate([*dict.fromkeys(tokens), *_MODES])}
 
 
@@ -114,7 +123,7 @@ def _fill(model: nn.Module, generator: torch.Generator, vocabulary: dict[str, in
         weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
     parameters = sorted(model.named_parameters())  # tied ones once
-    for name, weight in parameters:
+    for _, weight in parameters:
         if weight.dim() > 1:
             normal(weight, 1 / math.sqrt(weight[0].numel()))
     named = dict(parameters)
@@ -140,11 +149,7 @@ def _fill(model: nn.Module, generator: torch.Generator, vocabulary: dict[str, in
 
 
 def _write_processor(path: Path, vocabulary: dict[str, int]) -> None:
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=100))
-    tokenizer.add_special_tokens([*_SPECIAL, *_MODES])
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    tokenizer = bert_tokenizer(vocabulary)
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B [SEP]",

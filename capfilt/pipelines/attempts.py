@@ -1,7 +1,8 @@
 """Which work died, and how often.
 
-Ray restarts a dead actor and runs its task again, for ever if a row kills it every time. So a worker says what it begins
-and what it ends; what began and never ended has died. The worker decides from that when to split (see worker.process).
+Ray restarts a dead actor and runs its task again, for ever if a row kills it every time. So a worker says what it
+begins and what it ends; what began and never ended has died. The worker decides from that when to split (see
+Worker.process).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import logging
 import os
 import pickle
 import platform
@@ -16,9 +17,9 @@ import socket
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -47,7 +48,7 @@ BUDGET_ROWS = 10_000
 
 _FOOTER_THREADS = 16
 
-Execute = Callable[[Job, Iterator[Fragment], LoadModels], Iterator[list[Receipt]]]
+Execute = Callable[[Job, Iterator[Fragment], LoadModels], Generator[list[Receipt], None, None]]
 """Runs fragments and yields their receipts as they finish, in any order."""
 
 
@@ -70,7 +71,7 @@ class Summary:
     shards: int = 0
     skipped: int = 0
     adopted_rows: int = 0
-    counts: Counts = Counts()
+    counts: Counts = field(default_factory=Counts)
     reasons: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     failures: dict[str, str] = field(default_factory=dict)
@@ -108,7 +109,7 @@ def curate(
         dataset.register(run, _record(spec, fingerprints, plan))
         job = Job(spec, fingerprints, run)
         console = console or Console(stderr=True)
-        with _interruptible(), Display(console, spec.placement.max_actors) as display:
+        with Display(console, spec.placement.max_actors) as display:
             if plan.todo:
                 _Driver(job, dataset, plan, display, summary).run(execute or on_ray, load)
             dataset.vacuum()
@@ -174,11 +175,12 @@ class _Driver:
     def run(self, execute: Execute, load: LoadModels) -> None:
         """Curate everything in the plan; on any error, first commit what is finished."""
         try:
-            for receipts in execute(self.job, self._fragments(), load):
-                for receipt in receipts:
-                    self._take(receipt)
-                self._commit_when_due()
-                self._stop_if_sick()
+            with closing(execute(self.job, self._fragments(), load)) as finished:
+                for receipts in finished:
+                    for receipt in receipts:
+                        self._take(receipt)
+                    self._commit_when_due()
+                    self._stop_if_sick()
             self._finish()
         except ConflictError:
             raise
@@ -260,7 +262,7 @@ class _Driver:
     # --- the error budget ---
 
     def _errors(self) -> tuple[int, int]:
-        """(error rows, rows) seen; an unreadable file counts as many rows as the others have on average, at least one."""
+        """(error rows, rows) seen; an unreadable file counts as many rows as others have on average, at least one."""
         mean = sum(self._file_rows.values()) // max(1, len(self._file_rows))
         lost = sum(max(1, mean) if rows is None else rows for rows in self._failed_rows.values())
         return self._seen.errors + lost, self._seen.rows + lost
@@ -317,23 +319,25 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
         yield chunk
 
 
-# --- how fragments run --------------------------------------------------------------------------------------------------
+# --- how fragments run ---
 
 
-def in_process(job: Job, fragments: Iterator[Fragment], load: LoadModels) -> Iterator[list[Receipt]]:
+def in_process(
+    job: Job, fragments: Iterator[Fragment], load: LoadModels
+) -> Generator[list[Receipt], None, None]:
     """Run fragments in a plain loop, here."""
     worker = Worker(job, load)
     for fragment in fragments:
         yield worker.process(fragment)
 
 
-def on_ray(job: Job, fragments: Iterator[Fragment], load: LoadModels) -> Iterator[list[Receipt]]:
+def on_ray(job: Job, fragments: Iterator[Fragment], load: LoadModels) -> Generator[list[Receipt], None, None]:
     """Run fragments on a Ray Data actor pool.
 
     Raises:
         CapfiltError: Ray cannot give one actor what the cards' placement asks for, or a worker raised.
     """
-    with _ray(job.spec):
+    with _ray(job.spec), _interruptible():  # in this order: ray.init takes SIGTERM for itself
         for window in _chunks(fragments, WINDOW):
             yield from _run_window(job, window, load)
 
@@ -370,9 +374,9 @@ def _check_capacity(spec: CurateSpec) -> None:
     for name, need in (("GPU", spec.placement.gpus), ("CPU", spec.placement.cpus)):
         if need > have.get(name, 0):
             raise CapfiltError(
-                f"an actor needs {need:g} {name} and this machine has {have.get(name, 0):g}; lower "
-                f"captioner.placement.{name.lower()}s and filter.placement.{name.lower()}s (or ray.num_cpus), or join a "
-                "cluster with ray.address"
+                f"an actor needs {need:g} {name} and this machine has {have.get(name, 0):g}; lower captioner.placement."
+                f"{name.lower()}s and filter.placement.{name.lower()}s (or ray.num_cpus), or join a cluster with "
+                "ray.address"
             )
 
 
@@ -417,6 +421,9 @@ def _run_window(job: Job, window: list[Fragment], load: LoadModels) -> Iterator[
 
 
 def _quiet(context: Any) -> None:
-    """One progress display, and it is ours."""
+    """One progress display, and it is ours; Ray Data's own log file still has everything."""
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if type(handler).__name__ == "PlainRayHandler":  # the console's
+            handler.setLevel(logging.ERROR)

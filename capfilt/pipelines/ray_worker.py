@@ -70,7 +70,7 @@ class RayWorker:
         fragment: Fragment = pickle.loads(pickled)
         try:
             result: list[Receipt] | Failure = self._worker.process(fragment)
-        except Exception as error:  # the driver raises it
+        except Exception as error:  # noqa: BLE001 - the driver raises it
             message = f"{fragment.name}: {type(error).__name__}: {error}"
             result = Failure(message, traceback.format_exc())
         return pa.table({"result": pa.array([pickle.dumps(result)], pa.binary())})

@@ -3,8 +3,8 @@
     for fragment in fragments:
         receipts = Worker(job).process(fragment)
 
-is the whole run in a plain loop; Ray Data runs the same class in an actor pool (pipelines/curate.py). Two calls may run in
-one worker at a time: one reads and decodes while the other holds the device.
+is the whole run in a plain loop; Ray Data runs the same class in an actor pool (pipelines/curate.py). Two calls may run
+in one worker at a time: one reads and decodes while the other holds the device.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PARTS = 16
 """Into so many parts, each again, until a row stands alone: 1,000 rows take three levels."""
 
 LOST_ROWS_LIMIT = 8
-"""Rows of one fragment that may be isolated one by one; beyond, a part that dies is recorded whole: the file is hostile."""
+"""Rows of one fragment isolated one by one; beyond, a part that dies is recorded whole: the file is hostile."""
 
 AHEAD = 3
 """Batches of one call being decoded while another is on the device."""
@@ -325,7 +325,7 @@ class Worker:
             return
         try:
             self._caption_and_score(items)
-        except Exception as error:  # recorded: as the row's own error, once it is alone
+        except Exception as error:  # noqa: BLE001 - recorded as the row's own error, once it is alone
             if len(items) == 1:
                 items[0].texts = items[0].texts[:1]
                 items[0].fail(Reason.MODEL_ERROR, f"{type(error).__name__}: {' '.join(str(error).split())}")

@@ -1,0 +1,151 @@
+"""The command line, in processes of its own: what it prints, how it exits, and Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import jpeg, read, write_shard
+
+from capfilt.models.tiny import write_tiny_pair
+
+ROOT = Path(__file__).parent.parent
+CAPFILT = [sys.executable, "-c", "from capfilt.cli import main; main()"]
+
+
+def capfilt(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [*CAPFILT, *map(str, arguments)]
+    environment = {**os.environ, "COLUMNS": "120", "PYTHONWARNINGS": "default"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=cwd, env=environment, check=False)
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> Path:
+    """A spec over two shards with the tiny models, as a user would write it."""
+    for s in range(2):
+        write_shard(tmp_path / "data" / f"{s:05d}.parquet", [jpeg(100 * s + i) for i in range(60)])
+    captioner, filter_ = write_tiny_pair(tmp_path / "models")
+    for role, directory in (("captioner", captioner), ("filter", filter_)):
+        card = f"role: {role}\nname: {role}\ncheckpoint: {{path: {directory}}}\nimage_size: 32\nbatch_size: 16\n"
+        (tmp_path / f"{role}.yaml").write_text(card)
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "kind: curate\ninput: {paths: data}\noutput: out\ncaptioner: captioner.yaml\nfilter: filter.yaml\n"
+        "sampling: {min_tokens: 2, max_tokens: 6}\nfragment_rows: 20\n"
+    )
+    return path
+
+
+def test_a_user_goes_through_every_command(spec: Path) -> None:
+    checked = capfilt("check", spec)
+    assert checked.returncode == 0, checked.stderr
+    assert "2 files" in checked.stdout
+    assert "image=jpg text=caption" in checked.stdout
+    planned = capfilt("plan", spec)
+    assert planned.returncode == 0, planned.stderr
+    assert "curate 2 shards" in planned.stdout
+    assert "new" in planned.stdout
+    assert not (spec.parent / "out").exists()
+
+    done = capfilt("run", spec)
+    assert done.returncode == 0, done.stderr
+    assert "120" in done.stdout
+    assert "in 2 shards" in done.stdout
+    assert "ray" not in done.stderr.lower().replace("starting ray", "")  # Ray's own noise stays off the terminal
+    rows = read(str(spec.parent / "out"))
+    assert len(rows) == 120
+
+    state = capfilt("status", spec.parent / "out")
+    assert state.returncode == 0, state.stderr
+    assert "2 shards, 120 rows" in state.stdout
+    assert "up to date" in capfilt("plan", spec).stdout
+    assert "thresholds changed" in capfilt("plan", spec, "--set", "thresholds.web=0.9").stdout
+    assert "nothing to do: 2 shards" in capfilt("run", spec).stdout
+    swept = capfilt("vacuum", spec.parent / "out", "--hours", "0")
+    assert swept.returncode == 0, swept.stderr
+    assert read(str(spec.parent / "out")) == rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["run", "nowhere.yaml"], 2, "nowhere.yaml: no such file"),
+        (["run", "run.yaml", "--set", "fragment_row=3"], 2, "did you mean fragment_rows?"),
+        (["run", "run.yaml", "--set", "input.paths=[elsewhere]"], 1, "elsewhere: no such file or directory"),
+        (["run", "run.yaml", "--set", "captioner.checkpoint.path=gone"], 1, "gone"),
+        (["status", "nowhere"], 1, "nowhere"),
+        (["status", "data"], 1, "data"),
+        (["frobnicate"], 2, "No such command"),
+        (["run"], 2, "Missing argument"),
+    ],
+)
+def test_errors_are_one_line_and_a_code(spec: Path, arguments: list[str], code: int, message: str) -> None:
+    done = capfilt(*arguments, cwd=spec.parent)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_sick_run_exits_3(spec: Path) -> None:
+    write_shard(spec.parent / "data" / "00009.parquet", [b"garbage"] * 60)
+    done = capfilt("run", spec)
+    assert done.returncode == 3, done.stderr
+    assert "max_error_fraction" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_actor_that_does_not_fit_is_refused_at_once(spec: Path) -> None:
+    done = capfilt("run", spec, "--set", "captioner.placement={gpus: 1}")
+    assert done.returncode == 1
+    assert "an actor needs 1 GPU and this machine has 0" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+def test_an_interrupt_keeps_what_is_finished(spec: Path, name: str) -> None:
+    """To the whole process group, as a terminal sends it."""
+    for s in range(2, 12):
+        write_shard(spec.parent / "data" / f"{s:05d}.parquet", [jpeg(100 * s + i) for i in range(60)])
+    process = subprocess.Popen(
+        [*CAPFILT, "run", str(spec)], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    receipts = spec.parent / "out" / "_runs" / "receipts"
+    deadline = time.monotonic() + 120
+    while not list(receipts.rglob("*.json")) and time.monotonic() < deadline:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    if name == "SIGINT":
+        os.killpg(process.pid, signal.SIGINT)
+    else:
+        process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    assert "Run the same command again to resume" in errors
+    assert "Traceback" not in errors
+    done = capfilt("run", spec)
+    assert done.returncode == 0, done.stderr
+    assert "taken over from an interrupted run" in done.stdout or "up to date" in done.stdout
+    assert [row["row"] for row in read(str(spec.parent / "out"))] == list(range(60)) * 12
+
+
+def test_the_wheel_holds_one_package(tmp_path: Path) -> None:
+    """`models` and `pipelines` at the top would be shadowed by, or shadow, a user's own folders on Ray's workers."""
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, ROOT]
+    done = subprocess.run([str(part) for part in build], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {name.split("/")[0] for name in zipfile.ZipFile(wheel).namelist()}
+    assert {name for name in names if not name.endswith(".dist-info")} == {"capfilt"}
+
+
+def test_ray_ships_every_card_and_spec() -> None:
+    """Ray leaves out of a job's working directory what .gitignore names; a bare `models/` would lose the cards."""
+    lines = (ROOT / ".gitignore").read_text().split()
+    assert all(line.startswith("/") for line in lines if line.rstrip("/") in ("runs", "dist", "build", ".venv", "models"))
+    assert not any("models" in line or "pipelines" in line for line in lines)
