@@ -101,8 +101,8 @@ def commit_all(dataset: CuratedDataset, shards: list[ShardCommit], batch: int, n
             dataset.commit(shards[start : start + batch])
             spent.append(time.perf_counter() - begin)
     for clock, total in result[name].items():
-        result.note(f"  ms per shard, {clock}", round(1e3 * total / len(shards), 3))
-    result.note("  last commit, s", round(spent[-1], 3))
+        result.note(f"  {name}: {clock} ms per shard", round(1e3 * total / len(shards), 3))
+    result.note(f"  {name}: last commit, s", round(spent[-1], 3))
 
 
 def plan(output: str, list_inputs: Callable[[], list[str]]) -> tuple[CuratedDataset, int]:

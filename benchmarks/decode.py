@@ -3,9 +3,10 @@
     python benchmarks/decode.py [--json FILE] [--threads N]
 
 Rows: ours (capfilt.images.decode + capfilt.models.preprocess.resize), Pillow (open, convert, bicubic resize),
-libjpeg-turbo's decode alone (simplejpeg; what is left to win), and OpenCV (area) where it is installed. The rows
-take turns; the number is the median over repeats. Photographs: scikit-image's, three crops of each, short or long side
-resized to 512 px, or short side to 1024, quality 85, 88 or 90. Target: 2.5 x Pillow at 512 px, within 2 grey levels.
+libjpeg-turbo's decode alone (simplejpeg; what is left to win), and OpenCV (area) where it is installed. The rows take
+turns; the number is the median over repeats, in images per second of CPU time. Photographs: scikit-image's, three crops
+of each, long or short side resized to 512 px, or short side to 1024, quality 85, 88 or 90. Target: 2.5 x Pillow at
+512 px, within 2 grey levels.
 """
 
 from __future__ import annotations

@@ -40,9 +40,9 @@ class Fingerprints:
     """What made a row's columns, 16 hex digits each. A stage is stale where its fingerprint differs.
 
     Attributes:
-        caption: captioner weights, prompt, sampling, preprocessing.
-        score: caption, filter weights and how it reads a text.
-        decide: score, thresholds and rules.
+        caption: captioner weights, prompt, sampling, preprocessing, image column.
+        score: caption, filter weights and how it reads a text, text column.
+        decide: score, thresholds and rules, columns that are recorded.
     """
 
     caption: str
@@ -67,6 +67,7 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
         sampling=spec.sampling.model_dump(mode="json"),
         max_pixels=spec.images.max_pixels,
         max_bytes=spec.images.max_bytes,
+        image_column=spec.input.columns.image,
     )
     score = _digest(
         code=SCORE_CODE,
@@ -76,8 +77,14 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
         max_tokens=spec.filter.max_tokens,
         image_size=spec.filter.image_size,
         dtype=spec.filter.dtype,
+        text_column=spec.input.columns.text,
     )
-    decide = _digest(code=DECIDE_CODE, score=score, thresholds=spec.effective_thresholds.model_dump(mode="json"))
+    decide = _digest(
+        code=DECIDE_CODE,
+        score=score,
+        thresholds=spec.effective_thresholds.model_dump(mode="json"),
+        recorded_columns=[spec.input.columns.url, spec.input.columns.key],
+    )
     return Fingerprints(caption, score, decide)
 
 

@@ -187,7 +187,7 @@ An honest picture has one scan, or about ten where it is progressive; 16 are alw
 _TILE_PIXELS = 2**20
 """Size up to which a TIFF's tile may be larger than images.max_pixels."""
 _MAX_STRIPS = 2**18
-"""Strips or tiles of one TIFF: 64 Mpx in tiles of 16 x 16. Pillow spends about 300 bytes and 10 us on each."""
+"""Strips or tiles of one TIFF: 64 Mpx in tiles of 16 x 16. Pillow builds a Python object for each, 5 us."""
 
 
 class _Tiff(TiffImagePlugin.TiffImageFile):

@@ -15,6 +15,9 @@ from typing import Literal, NamedTuple
 
 import psutil
 
+from capfilt.dataset import DIRECTORIES
+from capfilt.receipts import RECEIPTS
+
 CAPFILT = [sys.executable, "-c", "from capfilt.cli import main; main()"]
 
 STUCK_SECONDS = 180
@@ -69,29 +72,30 @@ def deck(rng: random.Random, counts: dict[tuple[Victim, Moment], int]) -> list[S
     return strikes
 
 
-def count_names(folder: Path, suffix: str = "") -> int:
+def names(folder: Path) -> list[str]:
     """Entries of a folder; none if it does not exist."""
     try:
-        return sum(name.endswith(suffix) for name in os.listdir(folder))
-    except (FileNotFoundError, NotADirectoryError):
-        return 0
+        return os.listdir(folder)
+    except FileNotFoundError:
+        return []
+
+
+def count_names(folder: Path, suffix: str = "") -> int:
+    """How many of them end so."""
+    return sum(name.endswith(suffix) for name in names(folder))
 
 
 def seen(output: Path) -> Seen:
     """Look at an output."""
-    receipts = output / "_runs" / "receipts"
-    shards = os.listdir(receipts) if receipts.exists() else []
+    receipts = output / RECEIPTS
     return Seen(
-        sum(count_names(receipts / shard, ".json") for shard in shards),
-        *(
-            count_names(output / table / "_delta_log", ".json")
-            for table in ("annotations", "pairs", "_runs/quarantine")
-        ),
+        sum(count_names(receipts / shard, ".json") for shard in names(receipts)),
+        *(count_names(output / table / "_delta_log", ".json") for table in DIRECTORIES.values()),
         count_names(output / "_runs" / "closed"),
     )
 
 
-class Hang(AssertionError):
+class HangError(AssertionError):
     """A driver that shows no progress any more."""
 
 
@@ -137,7 +141,7 @@ class Driver:
         """Wait for something; False if the driver ends first.
 
         Raises:
-            Hang: nothing moves. The driver's stacks are in the message.
+            HangError: nothing moves. The driver's stacks are in the message.
         """
         next_look = 0.0
         while not happened():
@@ -156,7 +160,7 @@ class Driver:
             workers = [(p.pid, p.status(), p.cmdline()[0]) for p in self.family()]
             self.process.send_signal(signal.SIGABRT)  # faulthandler prints every thread's stack
             self.process.wait(30)
-            raise Hang(f"no progress for {STUCK_SECONDS} s at {state}; processes {workers}\n{self.stderr()}")
+            raise HangError(f"no progress for {STUCK_SECONDS} s at {state}; processes {workers}\n{self.stderr()}")
 
     def wait(self) -> int:
         """Wait for the end. Its exit code."""

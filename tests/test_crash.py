@@ -104,7 +104,7 @@ def build(folder: Path, ray_folder: Path, images: int, shards: int) -> Site:
     bytes_of: dict[Id, bytes | None] = {}
     broken: set[Id] = set()
     names = {Path(file.path).name: file for file in list_inputs(load_spec(folder / "spec.yaml").input)}
-    for name, file in names.items():
+    for file in names.values():
         column = pq.read_table(file.path, columns=["jpg"]).column("jpg").to_pylist()
         bytes_of |= {(file.shard, row): image for row, image in enumerate(column)}
     for row in pq.read_table(web.truth).to_pylist():
@@ -200,7 +200,7 @@ def check_whole(site: Site, output: Path) -> None:
     assert_alike(pairs, site.pairs)
     for name, rows in (("annotations", annotations), ("pairs", pairs)):
         assert plain_ids(output / name) == sorted(rows), f"{name}: a plain Parquet reader sees something else"
-    assert not (output / "_runs" / "receipts").exists()
+    assert not (output / RECEIPTS).exists()
 
 
 def plain_ids(folder: Path) -> list[Id]:

@@ -14,6 +14,7 @@ from capfilt.errors import CheckpointError
 from capfilt.fingerprints import Fingerprints, checkpoint_files, fingerprint, run_fingerprints, weight_files
 from capfilt.spec import (
     CaptionerCard,
+    Columns,
     CurateSpec,
     FilterCard,
     HubCheckpoint,
@@ -100,6 +101,10 @@ CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("ray", {"num_cpus": 1}, NONE),
     ("output", "/elsewhere", NONE),
     ("input", {"paths": ["/other"]}, NONE),
+    ("input__columns__image", "picture", ALL),
+    ("input__columns__text", "alt", SCORE),
+    ("input__columns__url", "link", DECIDE),
+    ("input__columns__key", "id", DECIDE),
 ]
 
 
@@ -117,6 +122,7 @@ def test_what_a_field_makes_stale(field: str, value: Any, stale: tuple[str, ...]
         ("filter__", FilterCard, {"role"}),
         ("sampling__", Sampling, set()),
         ("images__", Images, set()),
+        ("input__columns__", Columns, set()),
     ],
 )
 def test_every_field_has_a_line_above(prefix: str, model: type[BaseModel], constant: set[str]) -> None:

@@ -1,13 +1,9 @@
 """Real input: shards that img2dataset 1.47 itself wrote, from a real web server that serves real photographs.
-
-img2dataset runs in a Python of its own: it needs pandas < 3. Set CAPFILT_IMG2DATASET_PYTHON to that interpreter
-(``python -m venv V && V/bin/pip install img2dataset==1.47.0``), or install the extra ``ingest`` into this one.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import json
 import os
@@ -18,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import skimage.data
+from conftest import MakeSpec, read
 from PIL import Image, ImageOps
+from rich.console import Console
+from stubs import load_hash
 from webserver import Page, WebServer
 
 from capfilt import toyweb
+from capfilt.pipelines.curate import curate, in_process
+from capfilt.spec import Input
 from capfilt.toyweb import Breakage, Encoding
 
 VERSION = "1.47.0"
@@ -114,17 +116,7 @@ def _caption(number: int, name: str) -> str | None:
     return {0: None, 1: "", 2: f"café – {name} 🖼"}.get(number % 20, f"a picture called {name}")
 
 
-def _interpreter() -> str:
-    """A Python with img2dataset, or skip."""
-    chosen = os.environ.get("CAPFILT_IMG2DATASET_PYTHON")
-    if chosen:
-        return chosen
-    if importlib.util.find_spec("img2dataset") is None:
-        pytest.skip("img2dataset is not installed: set CAPFILT_IMG2DATASET_PYTHON, or install the extra 'ingest'")
-    return sys.executable
-
-
-def _img2dataset(python: str, url_list: Path, output: Path, **options: Any) -> None:
+def _img2dataset(url_list: Path, output: Path, **options: Any) -> None:
     """Run img2dataset and fail with what it printed if it fails."""
     arguments: dict[str, Any] = {
         "url_list": str(url_list),
@@ -149,7 +141,7 @@ def _img2dataset(python: str, url_list: Path, output: Path, **options: Any) -> N
     }
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     run = subprocess.run(
-        [python, "-c", program, json.dumps(arguments | options)],
+        [sys.executable, "-c", program, json.dumps(arguments | options)],
         env=inherited | quiet,
         capture_output=True,
         text=True,
@@ -161,7 +153,7 @@ def _img2dataset(python: str, url_list: Path, output: Path, **options: Any) -> N
 
 @pytest.fixture(scope="session")
 def download(tmp_path_factory: pytest.TempPathFactory) -> Download:
-    python = _interpreter()
+    pytest.importorskip("img2dataset", reason="img2dataset is not installed: install the extra 'ingest'")
     directory = tmp_path_factory.mktemp("img2dataset")
     answers = [*_photographs(), *_toys(), *_failures()]
     random.Random(3).shuffle(answers)
@@ -181,9 +173,8 @@ def download(tmp_path_factory: pytest.TempPathFactory) -> Download:
         url_list = directory / "urls.parquet"
         listed = {"url": [one.url for one in served], "caption": [one.caption for one in served]}
         pq.write_table(pa.table(listed), url_list)
-        _img2dataset(python, url_list, directory / "raw", resize_mode="no", disable_all_reencoding=True)
+        _img2dataset(url_list, directory / "raw", resize_mode="no", disable_all_reencoding=True)
         _img2dataset(
-            python,
             url_list,
             directory / "resized",
             resize_mode="keep_ratio",
@@ -198,9 +189,7 @@ def shard_rows(directory: Path) -> list[dict[str, Any]]:
 
 
 def test_its_version(download: Download) -> None:  # noqa: ARG001 - the fixture skips without img2dataset
-    program = "from importlib.metadata import version; print(version('img2dataset'))"
-    printed = subprocess.run([_interpreter(), "-c", program], capture_output=True, text=True, check=True, timeout=60)
-    assert printed.stdout.strip() == VERSION
+    assert version("img2dataset") == VERSION
 
 
 def test_the_web_holds_all_kinds(download: Download) -> None:
@@ -254,3 +243,28 @@ def test_resized_rows_hold_jpegs_or_the_reason_why_not(download: Download) -> No
         else:
             assert row["error_message"]
             assert {row[name] for name in ("jpg", "sha256", "exif", "width", "original_width")} == {None}
+
+
+@pytest.mark.parametrize("mode", ["raw", "resized"])
+def test_its_shards_go_through_with_no_conversion(download: Download, mode: str, make_spec: MakeSpec) -> None:
+    """Every URL becomes one annotation, and what was served decides which."""
+    spec = make_spec(input=Input(paths=(str(getattr(download, mode)),)), max_error_fraction=0.5)
+    summary = curate(spec, load=load_hash, execute=in_process, console=Console(file=io.StringIO()))
+    rows = read(spec.output)
+    assert summary.failures == {}
+    assert sorted(row["url"] for row in rows) == sorted(download.served)
+    for row in rows:
+        served = download.served[row["url"]]
+        if served.outcome is Outcome.GOOD:
+            assert row["status"] in ("kept", "dropped"), (served.name, row)
+            assert row["texts"][0]["text"] == served.caption
+            if mode == "raw":
+                assert (row["width"], row["height"]) == served.picture, served.name
+        elif served.outcome is Outcome.MISSING:
+            assert (row["status"], row["reason"]) == ("dropped", "no_image")
+            assert row["note"].startswith("failed_to_download: ")
+        elif mode == "raw":
+            assert row["status"] == "error", (served.name, row)
+        else:
+            assert (row["status"], row["reason"]) == ("dropped", "no_image"), (served.name, row)
+            assert row["note"].startswith("failed_to_resize: ")
