@@ -220,7 +220,7 @@ class CuratedDataset:
     # --- runs ---
 
     def register(self, run: str, record: Mapping[str, Any]) -> None:
-        """Register a run, before its first worker starts, by writing its `run.json`."""
+        """Register a run, before its first worker starts, by writing its `run.json`. A run's id is used once."""
         self._writable()
         if not _NAME.fullmatch(run) or run in _RESERVED:
             raise DatasetError(f"run {run!r}: letters, digits, '.', '_' and '-' only, and none of {sorted(_RESERVED)}")
@@ -279,6 +279,8 @@ class CuratedDataset:
             raise DatasetError(f"shard {twice[0]}: twice in one commit. Nothing was committed; report this bug")
         if self._number(ANNOTATIONS) != transaction:
             raise self._conflict()
+        if any(self._number(table) < transaction for table in _FOLLOWERS):
+            self._recover(transaction)  # a store's error came between the stages of this driver's own last commit
         intent = {
             "transaction": transaction + 1,
             "shards": names,
@@ -382,7 +384,7 @@ class CuratedDataset:
         try:
             return DeltaTable.is_deltatable(self._uri(ANNOTATIONS), self._delta_options)
         except (DeltaError, OSError) as error:
-            raise DatasetError(f"{self.output}: cannot be looked at: {error}") from error
+            raise DatasetError(f"{self.output}: cannot be looked at: {_one_line(error)}") from error
 
     def _connect(self, table: str, version: int | None = None) -> DeltaTable:
         return DeltaTable(self._uri(table), version=version, storage_options=self._delta_options)
@@ -395,9 +397,9 @@ class CuratedDataset:
             hint = "`capfilt run` with this output makes one"
             if table != ANNOTATIONS and self._exists():
                 hint = "the Delta table in annotations/ is another's, or this one was removed; give another output"
-            raise DatasetError(f"{self._uri(table)}: no curated dataset there; {hint} ({error})") from error
+            raise DatasetError(f"{self._uri(table)}: no curated dataset there; {hint} ({_one_line(error)})") from error
         except (DeltaError, OSError) as error:
-            raise DatasetError(f"{self._uri(table)}: cannot be opened: {error}") from error
+            raise DatasetError(f"{self._uri(table)}: cannot be opened: {_one_line(error)}") from error
         if delta.schema() != _schema(table) or delta.metadata().partition_columns != [SHARD]:
             raise DatasetError(f"{self._uri(table)}: a Delta table, but not capfilt's {table}; give another output")
         self._tables[table] = delta
@@ -423,7 +425,7 @@ class CuratedDataset:
         except CommitFailedError:
             pass  # made between the look and the commit; whose it is shows when it is loaded
         except (DeltaError, OSError) as error:
-            raise DatasetError(f"{self._uri(table)}: cannot be created: {error}") from error
+            raise DatasetError(f"{self._uri(table)}: cannot be created: {_one_line(error)}") from error
 
     def _number(self, table: str) -> int:
         """The transaction number of a table as loaded."""
@@ -503,7 +505,7 @@ class CuratedDataset:
         except (DeltaError, OSError) as error:
             newest = self._connect(table).version()
             raise DatasetError(
-                f"{self._uri(table)}: no version {version} to read; the newest is {newest} ({error})"
+                f"{self._uri(table)}: no version {version} to read; the newest is {newest} ({_one_line(error)})"
             ) from error
 
     def _filesystem(self) -> tuple[Any, str]:
@@ -519,6 +521,11 @@ class CuratedDataset:
             return {path.rstrip("/").rpartition("/")[2] for path in fs.ls(f"{root}/{folder}", detail=False)}
         except FileNotFoundError:
             return set()
+
+
+def _one_line(error: Exception) -> str:
+    """deltalake's message without its colours and line breaks."""
+    return " ".join(re.sub(r"\x1b\[[0-9;]*m|↳", "", str(error)).split())
 
 
 def _schema(table: str) -> Schema:

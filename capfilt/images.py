@@ -227,14 +227,13 @@ _PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
 
 
 def _decode(data: bytes, format_: str) -> npt.NDArray[np.uint8]:
+    if format_ == "JPEG" and (rgb := _turbo(data)) is not None:
+        return rgb
     image = _PLUGINS[format_](io.BytesIO(data))  # reads the header only
     _check_pixels(image.size)
-    rgb = _turbo(data, image) if format_ == "JPEG" else None
-    if rgb is None:
-        image.load()
-        _check_pixels(image.size)
-        rgb = _flatten(image)
-    return _upright(rgb, _orientation(image))
+    image.load()
+    _check_pixels(image.size)
+    return _upright(_flatten(image), _orientation(image))
 
 
 def _check_pixels(size: tuple[int, int]) -> None:
@@ -244,20 +243,40 @@ def _check_pixels(size: tuple[int, int]) -> None:
         raise ImageError(Reason.TOO_MANY_PIXELS, detail)
 
 
-def _turbo(data: bytes, image: ImageFile.ImageFile) -> npt.NDArray[np.uint8] | None:
-    """Decode a grey or RGB JPEG with libjpeg-turbo; None where Pillow is to judge: CMYK, or any warning."""
-    codes = np.frombuffer(data, np.uint8)
-    scans = int(np.count_nonzero((codes[:-1] == 0xFF) & (codes[1:] == 0xDA)))  # a fifth of bytes.count's time
-    if scans > min(1000, max(16, _SCAN_PIXELS // (image.width * image.height))):
-        raise ImageError(Reason.TOO_MANY_PIXELS, f"JPEG: {scans} scans of {image.width} x {image.height} pixels")
-    if image.mode == "CMYK":
-        return None
+def _turbo(data: bytes) -> npt.NDArray[np.uint8] | None:
+    """Decode a grey or RGB JPEG with libjpeg-turbo; None where Pillow is to judge: CMYK, or any warning.
+
+    Pillow's header parser alone would cost a tenth of the whole; so the few segments that matter are found here.
+    """
     try:
-        if simplejpeg.decode_jpeg_header(data)[:2] != (image.height, image.width):
-            return None
-        return simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)  # type: ignore[no-any-return]
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
+    _check_pixels((width, height))
+    codes = np.frombuffer(data, np.uint8)
+    scans = int(np.count_nonzero((codes[:-1] == 0xFF) & (codes[1:] == 0xDA)))  # a fifth of bytes.count's time
+    if scans > min(1000, max(16, _SCAN_PIXELS // max(1, width * height))):
+        raise ImageError(Reason.TOO_MANY_PIXELS, f"JPEG: {scans} scans of {width} x {height} pixels")
+    if colours in ("CMYK", "YCCK"):
+        return None
+    try:
+        rgb = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False)
+    except ValueError:
+        return None
+    return _upright(rgb, _jpeg_orientation(data))
+
+
+def _jpeg_orientation(data: bytes) -> int:
+    """Orientation of a JPEG; Pillow reads it where a segment before the picture may hold one (APP1: EXIF or XMP)."""
+    at = 2
+    while at + 4 <= len(data) and data[at] == 0xFF:
+        marker = data[at + 1]
+        if marker == 0xE1:
+            return _orientation(JpegImagePlugin.JpegImageFile(io.BytesIO(data)))
+        if marker == 0xDA:  # the picture begins
+            return 1
+        at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return _orientation(JpegImagePlugin.JpegImageFile(io.BytesIO(data)))
 
 
 def _flatten(image: Image.Image) -> npt.NDArray[np.uint8]:

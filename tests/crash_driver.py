@@ -62,7 +62,7 @@ class Strike:
 
 def deck(rng: random.Random, counts: dict[tuple[Victim, Moment], int]) -> list[Strike]:
     """Shuffled strikes, so many of each kind."""
-    longest = {"create": 0.15, "start": 0.0, "load": 6.0, "work": 0.5, "commit": 0.03, "vacuum": 0.06}
+    longest = {"create": 0.15, "start": 0.0, "load": 6.0, "work": 0.5, "commit": 0.03, "vacuum": 0.03}
     strikes = [
         Strike(victim, moment, rng.random(), rng.random() * longest[moment], rng.random() * 8)
         for (victim, moment), count in counts.items()
@@ -88,11 +88,11 @@ def count_names(folder: Path, suffix: str = "") -> int:
 def seen(output: Path) -> Seen:
     """Look at an output."""
     receipts = output / RECEIPTS
-    return Seen(
-        sum(count_names(receipts / shard, ".json") for shard in names(receipts)),
-        *(count_names(output / table / "_delta_log", ".json") for table in DIRECTORIES.values()),
-        count_names(output / "_runs" / "closed"),
+    annotations, pairs, quarantine = (
+        count_names(output / table / "_delta_log", ".json") for table in DIRECTORIES.values()
     )
+    finished = sum(count_names(receipts / shard, ".json") for shard in names(receipts))
+    return Seen(finished, annotations, pairs, quarantine, count_names(output / "_runs" / "closed"))
 
 
 class HangError(AssertionError):

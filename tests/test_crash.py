@@ -24,7 +24,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 from conftest import MakeSpec, jpeg, read, write_shard
-from crash_driver import Driver, Seen, Strike, Victim, deck, seen
+from crash_driver import Driver, Moment, Seen, Strike, Victim, deck, seen
 from rich.console import Console
 from stubs import POISON, load_hash, load_poison
 
@@ -41,7 +41,7 @@ Rows = dict[Id, dict[str, Any]]
 
 SEED = 2026
 
-KILLS = {
+KILLS: dict[tuple[Victim, Moment], int] = {
     ("driver", "create"): 3,
     ("driver", "start"): 7,
     ("driver", "work"): 10,
@@ -230,7 +230,7 @@ class Kill:
 
     life: int
     victim: Victim
-    moment: str
+    moment: Moment
     seconds: float
     before: Seen
     at: Seen

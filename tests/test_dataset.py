@@ -497,6 +497,18 @@ Dying.for_writing(sys.argv[1], {}).commit([pickle.load(open(sys.argv[2], "rb"))]
     assert_holds(output, {"a": ("r1", [KEPT, ERROR])})
 
 
+def test_a_driver_that_outlives_a_failure_between_the_stages_mends_it_first(output: str) -> None:
+    driver = Dying.for_writing(output, {})
+    for stages, shard in ((1, "a"), (2, "b")):
+        driver.stages = stages
+        with pytest.raises(Killed):
+            driver.commit([write_shard(output, shard, "r1", [KEPT, ERROR])])
+        driver.stages = 3
+        driver.commit([write_shard(output, f"{shard}-next", "r1", [KEPT])])
+    rows: list[Status] = [KEPT, ERROR]
+    assert_holds(output, {"a": ("r1", rows), "a-next": ("r1", [KEPT]), "b": ("r1", rows), "b-next": ("r1", [KEPT])})
+
+
 @pytest.mark.parametrize("goes_on", [False, True])
 def test_a_slow_driver_is_taken_for_dead(output: str, goes_on: bool) -> None:
     """Another opens the output between the stages: it finishes the commit, and the slow one finds it finished."""

@@ -338,7 +338,7 @@ class Worker:
 
     def _caption_and_score(self, items: list[_Item]) -> None:
         captioner, filter_ = self.models()
-        images = {size: torch.stack([item.pixels[size] for item in items]) for size in items[0].pixels}
+        images = {size: _batch([item.pixels[size] for item in items]) for size in items[0].pixels}
         captions = captioner.caption(images[captioner.image_size], [item.sha256 or "" for item in items])
         texts = [
             [item.texts[0], *(Text(Source.SYNTHETIC, k, text, clean(text)) for k, text in enumerate(candidates))]
@@ -353,6 +353,11 @@ class Worker:
             verdicts = decide(scored, thresholds)
             item.texts = verdicts
             item.status, item.reason = row_outcome(verdicts)
+
+
+def _batch(images_CHW: Sequence[torch.Tensor]) -> torch.Tensor:
+    """[B, 3, S, S] of images as `resize` lays them out, in the same layout: stacking planes would cost 3 x as much."""
+    return torch.stack([image.permute(1, 2, 0) for image in images_CHW]).permute(0, 3, 1, 2)
 
 
 def _web_text(row: Row) -> Text:
