@@ -56,7 +56,8 @@ def _run(spec: CurateSpec) -> None:
         with _native_noise_in_a_file() as console:
             summary = curate(spec, console=console)
     except KeyboardInterrupt:
-        raise RunInterruptedError("interrupted; what was finished is kept. Run the same command again to resume") from None
+        message = "interrupted; what was finished is kept. Run the same command again to resume"
+        raise RunInterruptedError(message) from None
     _print_summary(summary)
 
 
@@ -152,7 +153,10 @@ def vacuum(
         float, typer.Option(help="Keep what old versions need if they are younger than this.", min=0)
     ] = 168,
 ) -> None:
-    """Delete files that only versions older than --hours use. Older versions can no longer be read then."""
+    """Delete files that only versions older than --hours use; those versions can no longer be read then.
+
+    A run that is writing to the output meanwhile is stopped by it, with nothing lost.
+    """
     from capfilt.dataset import CuratedDataset
 
     removed = CuratedDataset.for_writing(output, {}).vacuum(retain_hours=hours)

@@ -546,3 +546,15 @@ def test_normalise_is_clips():
         np.testing.assert_allclose(result[1, channel].numpy(), expected, rtol=1e-5)
     assert torch.equal(images_BCHW, before)
     assert normalise(images_BCHW, torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_scratch_memory_holds_the_picture_and_never_what_is_made_of_it() -> None:
+    scratch = np.empty(3 * 64 * 64, np.uint8)
+    small, large = (encode(Image.effect_noise((side, side), 80).convert("RGB"), "JPEG") for side in (64, 80))
+    picture = decode(small, Images(), scratch)
+    assert np.shares_memory(picture.rgb, scratch)
+    pixels = resize(picture.rgb, 64)  # not even where there is nothing to resize
+    assert np.array_equal(picture.rgb, decode(small, Images()).rgb)
+    scratch[:] = 0
+    assert np.array_equal(pixels.permute(1, 2, 0).numpy(), decode(small, Images()).rgb)
+    assert not np.shares_memory(decode(large, Images(), scratch).rgb, scratch)

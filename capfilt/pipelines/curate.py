@@ -40,8 +40,7 @@ WINDOW = 10_000
 """Fragments handed to Ray at a time: the driver pays about 13 KB for each."""
 
 COMMIT_SECONDS = 10.0
-COMMIT_SHARDS = 500
-"""Finished shards are committed together, after so long or so many."""
+"""Finished shards are committed together, so often; less often where a commit of a large table takes over a second."""
 
 BUDGET_ROWS = 10_000
 """A run is stopped early only when its errors exceed the budget of so many rows (of all, if it has fewer)."""
@@ -171,6 +170,7 @@ class _Driver:
         self._seen = Counts()
         self._file_rows: dict[str, int] = {}
         self._last_commit = time.monotonic()
+        self._commit_took = 0.0
 
     def run(self, execute: Execute, load: LoadModels) -> None:
         """Curate everything in the plan; on any error, first commit what is finished."""
@@ -285,17 +285,19 @@ class _Driver:
     # --- commits ---
 
     def _commit_when_due(self) -> None:
-        due = time.monotonic() - self._last_commit >= COMMIT_SECONDS
-        if len(self._ready) >= COMMIT_SHARDS or (self._ready and due):
+        due = time.monotonic() - self._last_commit >= max(COMMIT_SECONDS, 10 * self._commit_took)
+        if self._ready and due:
             self._commit()
 
     def _commit(self) -> None:
+        begin = time.monotonic()
         shards, self._ready = self._ready, []
         if shards:
             self.dataset.commit(shards)
             self.summary.shards += len(shards)
             self.summary.counts = sum((shard.counts for shard in shards), self.summary.counts)
         self._last_commit = time.monotonic()
+        self._commit_took = self._last_commit - begin
 
     def _finish(self) -> None:
         self._commit()

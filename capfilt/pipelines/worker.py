@@ -52,6 +52,9 @@ LOST_ROWS_LIMIT = 8
 AHEAD = 3
 """Batches of one call being decoded while another is on the device."""
 
+_SCRATCH_BYTES = 12 * 2**20
+"""An image of 4 Mpx; larger ones take fresh memory."""
+
 _RECEIPTS = TypeAdapter(list[Receipt])
 
 
@@ -155,6 +158,13 @@ class _Turns:
                 self._condition.notify_all()
 
 
+class _Scratch(threading.local):
+    """Memory a decoding thread decodes into, image after image."""
+
+    def __init__(self) -> None:
+        self.pixels = np.empty(_SCRATCH_BYTES, np.uint8)
+
+
 class Worker:
     """Holds both models and curates fragments.
 
@@ -173,6 +183,7 @@ class Worker:
         self._device_lock = threading.Lock()
         self._turns = _Turns()
         self._threads = max(1, math.floor(job.spec.placement.cpus))
+        self._scratch = _Scratch()
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
 
     # --- attempts and splitting ---
@@ -311,7 +322,7 @@ class Worker:
         else:
             item.sha256 = hashlib.sha256(row.image).hexdigest()
             try:
-                picture = decode(row.image, self.job.spec.images)
+                picture = decode(row.image, self.job.spec.images, self._scratch.pixels)
                 item.format, item.width, item.height = picture.format, picture.width, picture.height
                 for size in {model.image_size for model in self.models()}:
                     item.pixels[size] = resize(picture.rgb, size)
