@@ -109,9 +109,7 @@ class Fragment:
         """At most `parts` fragments of nearly equal size that make up this one."""
         parts = min(parts, self.rows)
         cuts = [self.start + self.rows * i // parts for i in range(parts + 1)]
-        return [
-            Fragment(self.file, self.layout, a, b, self.file_rows) for a, b in itertools.pairwise(cuts)
-        ]
+        return [Fragment(self.file, self.layout, a, b, self.file_rows) for a, b in itertools.pairwise(cuts)]
 
 
 @dataclass(frozen=True, slots=True)

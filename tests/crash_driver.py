@@ -143,7 +143,7 @@ class Driver:
         Raises:
             HangError: nothing moves. The driver's stacks are in the message.
         """
-        next_look = 0.0
+        next_look = time.monotonic() + 0.5
         while not happened():
             if self.process.poll() is not None:
                 return False

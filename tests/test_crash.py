@@ -301,19 +301,18 @@ def attend(driver: Driver, site: Site, life: int, strikes: list[Strike], kills: 
             strike
             for strike in strikes
             if (strike.victim == "driver" or deaths < ACTOR_DEATHS)
-            and (strike.moment != "create" or fresh)
             and (strike.moment not in ("create", "start") or not deaths)
+            and (strike.moment != "create" or fresh)
         )
-        strike = next(fits, None)
+        strike = min(fits, key=lambda strike: strike.moment != "create", default=None)
         if strike is None or not driver.await_moment(strike, site.startup):
             driver.wait()
             return True
-        at, seconds = seen(driver.output), driver.seconds
         victim = driver.strike(strike)
         if victim is None:
             continue
         strikes.remove(strike)
-        kills.append(Kill(life, victim, strike.moment, seconds, driver.first_seen, at))
+        kills.append(Kill(life, victim, strike.moment, driver.seconds, driver.first_seen, seen(driver.output)))
         if victim in ("driver", "both"):
             return False
         deaths += victim == "actor"

@@ -1,5 +1,4 @@
-"""Real input: shards that img2dataset 1.47 itself wrote, from a real web server that serves real photographs.
-"""
+"""Real input: shards that img2dataset 1.47 itself wrote, from a real web server that serves real photographs."""
 
 from __future__ import annotations
 

@@ -324,9 +324,7 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 # --- how fragments run ---
 
 
-def in_process(
-    job: Job, fragments: Iterator[Fragment], load: LoadModels
-) -> Generator[list[Receipt], None, None]:
+def in_process(job: Job, fragments: Iterator[Fragment], load: LoadModels) -> Generator[list[Receipt], None, None]:
     """Run fragments in a plain loop, here."""
     worker = Worker(job, load)
     for fragment in fragments:
@@ -390,25 +388,26 @@ def _run_window(job: Job, window: list[Fragment], load: LoadModels) -> Iterator[
 
     _check_capacity(job.spec)
     placement = job.spec.placement
-    _quiet(ray.data.DataContext.get_current())
+    context = _context(ray.data.DataContext.get_current().copy())
     attempts = start_attempts()
     try:
         items = [{"fragment": pickle.dumps(fragment)} for fragment in window]
-        results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
-            RayWorker,
-            fn_constructor_args=(job, load, attempts),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(
-                min_size=placement.min_actors,
-                max_size=placement.max_actors,
-                max_tasks_in_flight_per_actor=4,
-                max_concurrent_calls_per_actor=2,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=placement.cpus,
-            num_gpus=placement.gpus,
-        )
+        with ray.data.DataContext.current(context):  # a dataset keeps the context it was made in
+            results = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+                RayWorker,
+                fn_constructor_args=(job, load, attempts),
+                batch_size=1,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(
+                    min_size=placement.min_actors,
+                    max_size=placement.max_actors,
+                    max_tasks_in_flight_per_actor=4,
+                    max_concurrent_calls_per_actor=2,
+                    enable_true_multi_threading=True,
+                ),
+                num_cpus=placement.cpus,
+                num_gpus=placement.gpus,
+            )
         for row in results.iter_rows():
             result = pickle.loads(row["result"])
             if isinstance(result, Failure):
@@ -422,10 +421,12 @@ def _run_window(job: Job, window: list[Fragment], load: LoadModels) -> Iterator[
         ray.kill(attempts)
 
 
-def _quiet(context: Any) -> None:
-    """One progress display, and it is ours; Ray Data's own log file still has everything."""
-    context.enable_progress_bars = False
+def _context(context: Any) -> Any:
+    """Ray Data's settings for a run, set on a copy; it still logs everything to its own file."""
+    context.enable_progress_bars = False  # one progress display, and it is ours
     context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1  # a fragment may take hours on a CPU, and a cluster may fill up late
     for handler in logging.getLogger("ray.data").handlers:
         if type(handler).__name__ == "PlainRayHandler":  # the console's
             handler.setLevel(logging.ERROR)
+    return context

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from types import TracebackType
@@ -12,9 +13,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from capfilt.dataset import Counts
 from capfilt.receipts import Receipt
 
-PLAIN_SECONDS = 10.0
-"""Between two plain lines."""
-
 _WINDOW_SECONDS = 60.0
 
 
@@ -24,9 +22,14 @@ class Display:
     Args:
         console: where to; its `is_terminal` chooses the form.
         most_actors: the pool's bound, to size the window in which a worker counts as alive.
+        plain_seconds: between two plain lines.
+        silent_seconds: without a finished fragment, after which a plain line says so.
     """
 
-    def __init__(self, console: Console, most_actors: int) -> None:
+    def __init__(
+        self, console: Console, most_actors: int, plain_seconds: float = 10.0, silent_seconds: float = 120.0
+    ) -> None:
+        self._plain_seconds, self._silent_seconds = plain_seconds, silent_seconds
         self._console = console
         self._counts = Counts()
         self._total = 0
@@ -34,6 +37,8 @@ class Display:
         self._history: deque[tuple[float, int]] = deque([(self._begin, 0)])
         self._workers: deque[str] = deque(maxlen=2 * most_actors)
         self._last_line = self._begin
+        self._ended = threading.Event()
+        self._watch = threading.Thread(target=self._say_when_silent, name="silence", daemon=True)
         self._live: Progress | None = None
         if console.is_terminal:
             self._live = Progress(
@@ -50,14 +55,18 @@ class Display:
         if self._live:
             self._live.start()
         else:
-            self._console.print("capfilt: starting Ray and the models", markup=False, highlight=False)
+            self._say("starting Ray and the models")
+            self._watch.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
         if self._live:
             self._live.stop()
+        else:
+            self._watch.join()
 
     def expect(self, rows: int) -> None:
         """Rows the run is known or estimated to have."""
@@ -75,9 +84,19 @@ class Display:
         if self._live:
             total = max(self._total, self._counts.rows)
             self._live.update(self._task, total=total, completed=self._counts.rows, line=self.line())
-        elif now - self._last_line >= PLAIN_SECONDS:
+        elif now - self._last_line >= self._plain_seconds:
             self._last_line = now
-            self._console.print(f"capfilt: {self.line()}{self._left()}", markup=False, highlight=False, soft_wrap=True)
+            self._say(f"{self.line()}{self._left()}")
+
+    def _say(self, line: str) -> None:
+        self._console.print(f"capfilt: {line}", markup=False, highlight=False, soft_wrap=True)
+
+    def _say_when_silent(self) -> None:
+        """A cluster may be waiting for machines; a log without lines looks like a hang."""
+        while not self._ended.wait(self._silent_seconds):
+            silent = time.monotonic() - self._history[-1][0]
+            if silent >= self._silent_seconds:
+                self._say(f"no fragment has finished for {silent:,.0f} s; {self.line()}")
 
     def line(self) -> str:
         """The state in one line."""
