@@ -66,7 +66,10 @@ def make_shards(output: Path, count: int, files: int, run: str) -> list[ShardCom
     shards = []
     for n, name in enumerate(names):
         of = {
-            table: tuple(DataFile(path.format(name, 10 * i, 10 * i + 10), rows, sizes[table]) for i in range(files))
+            table: tuple(
+                DataFile(path.format(name, 10 * i, 10 * i + 10), rows, sizes[table], ERRORS * (table == ANNOTATIONS))
+                for i in range(files)
+            )
             for table, rows in ROWS.items()
         }
         counts = Counts(KEPT * files, DROPPED * files, ERRORS * files)

@@ -6,22 +6,24 @@ Exit codes: 0 done, 1 failed, 2 bad usage or spec, 3 stopped by the error budget
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from capfilt.errors import CapfiltError, RunInterruptedError
-from capfilt.spec import CurateSpec, load_spec
+from capfilt.errors import CapfiltError, CheckpointError, InputError, RunInterruptedError
+from capfilt.spec import CurateSpec, HubCheckpoint, LocalCheckpoint, load_spec, output_location
 
 if TYPE_CHECKING:
+    from capfilt.dataset import CuratedDataset
     from capfilt.pipelines.curate import Summary
 
 app = typer.Typer(
@@ -40,7 +42,11 @@ Overrides = Annotated[
         "--set", metavar="PATH=VALUE", help="Set a field of the spec, e.g. captioner.batch_size=8. Repeatable."
     ),
 ]
-Output = Annotated[str, typer.Argument(metavar="OUTPUT", help="Directory or URL of a curated dataset.")]
+Output = Annotated[
+    str, typer.Argument(metavar="OUTPUT", help="A curated dataset: its directory or URL, or the spec (.yaml) it is of.")
+]
+_DEMO_SHARDS = 6
+_NO_INPUT = "no input is left: every file that input.paths matches lies in the output, {output}"
 
 
 @app.command()
@@ -49,7 +55,7 @@ def run(spec: SpecFile, overrides: Overrides = None) -> None:
     _run(load_spec(spec, overrides or ()))
 
 
-def _run(spec: CurateSpec) -> None:
+def _run(spec: CurateSpec) -> Summary:
     from capfilt.pipelines.curate import curate
 
     try:
@@ -59,6 +65,7 @@ def _run(spec: CurateSpec) -> None:
         message = "interrupted; what was finished is kept. Run the same command again to resume"
         raise RunInterruptedError(message) from None
     _print_summary(summary)
+    return summary
 
 
 @contextmanager
@@ -98,6 +105,8 @@ def check(spec: SpecFile, overrides: Overrides = None) -> None:
 
     loaded = load_spec(spec, overrides or ())
     files = list_inputs(loaded.input, exclude=loaded.output)
+    if not files:
+        raise InputError(f"{spec}: {_NO_INPUT.format(output=loaded.output)}; name others")
     footer = read_footer(files[0], loaded.input.columns, loaded.input.storage_options)
     prints = run_fingerprints(loaded)
     _say(f"{spec}: a valid {loaded.kind} spec")
@@ -106,8 +115,28 @@ def check(spec: SpecFile, overrides: Overrides = None) -> None:
     )
     layout = footer.layout
     _say(f"columns: image={layout.image} text={layout.text} url={layout.url} key={layout.key}")
-    _say(f"captioner {loaded.captioner.name}, filter {loaded.filter.name}: checkpoints found")
+    for card in (loaded.captioner, loaded.filter):
+        _say(f"{card.role} {card.name}: {_whereabouts(card.checkpoint)}")
     _say(f"fingerprints: caption {prints.caption}, score {prints.score}, decide {prints.decide}")
+
+
+def _whereabouts(checkpoint: HubCheckpoint | LocalCheckpoint) -> str:
+    """Where a checkpoint is. A local one was read for its fingerprint; of a hub's, only the cache is looked at."""
+    from huggingface_hub import try_to_load_from_cache
+
+    from capfilt.fingerprints import checkpoint_files
+
+    if isinstance(checkpoint, LocalCheckpoint):
+        return f"found in {checkpoint.path}"
+    name = f"{checkpoint.hub} at {checkpoint.revision[:12]}"
+    config = try_to_load_from_cache(checkpoint.hub, "config.json", revision=checkpoint.revision)
+    if not isinstance(config, str):
+        return f"{name} is not in the cache: will be fetched from the hub at first use"
+    try:
+        checkpoint_files(Path(config).parent)
+    except CheckpointError:
+        return f"{name} is in the cache in part: the rest will be fetched from the hub at first use"
+    return f"{name} is in the cache: {Path(config).parent}"
 
 
 @app.command()
@@ -127,7 +156,7 @@ def plan(spec: SpecFile, overrides: Overrides = None) -> None:
     if work.gone:
         _say(f"keep {len(work.gone):,} shards that are no longer among the inputs")
     if not work.todo:
-        _say("nothing to do")
+        _say("nothing to do" if work.done else f"nothing to do: {_NO_INPUT.format(output=loaded.output)}")
 
 
 @app.command()
@@ -135,23 +164,21 @@ def status(output: Output) -> None:
     """Say what a curated dataset holds, from its tables alone."""
     from capfilt.dataset import CuratedDataset
 
-    dataset = CuratedDataset.for_reading(output, {})
-    states = dataset.committed().values()
-    _say(f"{output}: versions {', '.join(f'{name} {v}' for name, v in dataset.versions().items())}")
-    rows = sum(state.rows for state in states)
-    _say(f"{len(states):,} shards, {rows:,} rows")
-    table = Table("rows", "status", "reason")
-    for (state, reason), count in dataset.reasons().items():
-        table.add_row(f"{count:,}", state, reason or "")
-    out.print(table)
+    _print_dataset(CuratedDataset.for_reading(*_place(output)))
+
+
+def _place(output: str) -> tuple[str, dict[str, Any]]:
+    """A dataset's location and its storage options, from the command line's OUTPUT."""
+    if output.endswith((".yaml", ".yml")) and Path(output).is_file():
+        spec = load_spec(output)
+        return spec.output, spec.output_options
+    return output_location(output), {}
 
 
 @app.command()
 def vacuum(
     output: Output,
-    hours: Annotated[
-        float, typer.Option(help="Keep what old versions need if they are younger than this.", min=0)
-    ] = 168,
+    hours: Annotated[int, typer.Option(help="Keep what old versions need if they are younger than this.", min=0)] = 168,
 ) -> None:
     """Delete files that only versions older than --hours use; those versions can no longer be read then.
 
@@ -159,7 +186,9 @@ def vacuum(
     """
     from capfilt.dataset import CuratedDataset
 
-    removed = CuratedDataset.for_writing(output, {}).vacuum(retain_hours=hours)
+    place, options = _place(output)
+    CuratedDataset.for_reading(place, options)  # which makes none, where the name is mistyped
+    removed = CuratedDataset.for_writing(place, options).vacuum(retain_hours=hours)
     _say(f"{removed:,} files removed")
 
 
@@ -168,10 +197,13 @@ def demo(
     spec: Annotated[Path, typer.Argument(help="The spec to run once its inputs are made.")] = Path(
         "pipelines/demo.yaml"
     ),
-    images: Annotated[int, typer.Option(help="Images to render.", min=1)] = 2400,
+    images: Annotated[
+        int | None, typer.Option(help="Images to render; 2400 if not given.", min=_DEMO_SHARDS, show_default=False)
+    ] = None,
 ) -> None:
     """Render a small noisy web, make a pair of tiny random checkpoints, and curate the one with the other."""
-    from capfilt.spec import LocalCheckpoint
+    from capfilt.dataset import CuratedDataset
+    from capfilt.fragments import list_inputs, read_footer
     from capfilt.toyweb import render
 
     loaded = load_spec(spec)
@@ -179,16 +211,23 @@ def demo(
     checkpoint = loaded.captioner.checkpoint
     if not isinstance(checkpoint, LocalCheckpoint):
         raise CapfiltError(f"{spec}: the demo makes its own checkpoints; its cards name a local path")
-    if not web.exists():
-        _say(f"rendering {images:,} images of a small noisy web in {web}")
-        render(web, images=images)
+    if not (web / "shards").exists():
+        count = images or 2400
+        _say(f"rendering {count:,} images of a small noisy web in {web}")
+        render(web, images=count, shards=_DEMO_SHARDS)
+    elif images is not None:
+        source = loaded.input
+        footers = (read_footer(file, source.columns, source.storage_options) for file in list_inputs(source))
+        if (there := sum(footer.rows for footer in footers)) != images:
+            raise CapfiltError(f"{web} holds {there:,} images, not {images:,}; delete it to render it anew")
     models = Path(checkpoint.path).parent
-    if not models.exists():
+    if not all((models / role).exists() for role in ("captioner", "filter")):
         from capfilt.models.tiny import write_tiny_pair
 
         _say(f"writing a tiny captioner and filter with random weights in {models}")
         write_tiny_pair(models)
-    _run(loaded)
+    if not _run(loaded).shards:  # what an earlier run did is to be seen as well
+        _print_dataset(CuratedDataset.for_reading(loaded.output, loaded.output_options))
 
 
 # --- printing ---
@@ -205,7 +244,8 @@ def _printable(text: str) -> str:
 
 def _print_summary(summary: Summary) -> None:
     if not summary.shards and not summary.failures:
-        _say(f"nothing to do: {summary.skipped:,} shards are up to date in {summary.output}")
+        done = f"{summary.skipped:,} shards are up to date in {summary.output}"
+        _say(f"nothing to do: {done if summary.skipped else _NO_INPUT.format(output=summary.output)}")
         return
     counts, seconds = summary.counts, summary.elapsed
     rows = Table("rows", "", title=f"run {summary.run}", title_justify="left")
@@ -232,13 +272,37 @@ def _print_summary(summary: Summary) -> None:
     stages = ", ".join(f"{name} {time:,.1f} s" for name, time in spent)
     if stages:
         _say(f"stages, summed over workers: {stages}")
-    _say(f"dataset: {summary.output}/pairs, every row and reason: {summary.output}/annotations")
+    _say_where(summary.output)
+
+
+def _print_dataset(dataset: CuratedDataset) -> None:
+    states = dataset.committed().values()
+    _say(f"{dataset.output}: versions {', '.join(f'{name} {v}' for name, v in dataset.versions().items())}")
+    _say(f"{len(states):,} shards, {sum(state.rows for state in states):,} rows")
+    table = Table("rows", "status", "reason")
+    for (state, reason), count in dataset.reasons().items():
+        table.add_row(f"{count:,}", state, reason or "")
+    out.print(table)
+    _say_where(dataset.output)
+
+
+def _say_where(output: str) -> None:
+    _say(f"dataset: {output}/pairs, every row and reason: {output}/annotations")
 
 
 def main() -> None:
-    """The `capfilt` command: prints an error in one line and exits with its code."""
+    """The `capfilt` command: prints an error in one line and exits with its code. A bug shows its traceback."""
     try:
         app()
     except CapfiltError as error:
         _say(f"capfilt: {error}", err)
         sys.exit(error.exit_code)
+    except Exception as error:
+        from deltalake.exceptions import DeltaError
+
+        if not isinstance(error, OSError | DeltaError):
+            raise
+        message = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+        _say(f"capfilt: {type(error).__name__}: {message}", err)
+        _say("what was finished is kept; mend this and run again to resume", err)
+        sys.exit(1)

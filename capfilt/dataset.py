@@ -80,11 +80,19 @@ class Counts:
 
 @dataclass(frozen=True)
 class DataFile:
-    """A Parquet file a worker wrote: its path relative to the table's directory, its rows, its size in bytes."""
+    """A Parquet file a worker wrote.
+
+    Attributes:
+        path: relative to the table's directory.
+        rows: in all.
+        size: bytes.
+        errors: rows of status error; of annotations.
+    """
 
     path: str
     rows: int
     size: int
+    errors: int = 0
 
 
 @dataclass(frozen=True)
@@ -137,6 +145,10 @@ class ShardCommit:
             problem = "no annotations file; a shard without rows has one without rows"
         elif not self.rows == counts.rows == annotated:
             problem = f"{self.rows} rows in, {annotated} rows annotated, {counts.rows} counted ({counts})"
+        elif counts.errors != sum(file.errors for file in self.annotations):
+            problem = (
+                f"{counts.errors} rows are errors, {sum(file.errors for file in self.annotations)} annotated as such"
+            )
         elif paired != counts.kept:
             problem = f"{counts.kept} rows kept, {paired} rows in pairs"
         elif quarantined > counts.errors:
@@ -149,13 +161,17 @@ class ShardCommit:
 
 @dataclass(frozen=True)
 class ShardState:
-    """What the log tells of a committed shard. `kept` counts rows; `files` and `size` (bytes) its annotations."""
+    """What the log tells of a committed shard. `files` and `size` (bytes) are those of its annotations."""
 
     provenance: Provenance
-    rows: int
-    kept: int
+    counts: Counts
     files: int
     size: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the input file."""
+        return self.counts.rows
 
 
 @dataclass(frozen=True)
@@ -244,12 +260,13 @@ class CuratedDataset:
         counts as pending, and committing it replaces those files.
         """
         actions = pa.table(self._tables[ANNOTATIONS].get_add_actions()).flatten()  # its own flatten is 15 times slower
-        sums = ("num_records", "null_count.reason", "size_bytes")
+        sums = ("num_records", "null_count.reason", "null_count.detail", "size_bytes")
         grouped = actions.group_by(f"partition.{SHARD}").aggregate(
             [(f"{side}.{name}", side) for name in PROVENANCE for side in ("min", "max")]
             + [(name, how) for name in sums for how in ("sum", "count")]
         )
         whole = pc.equal(grouped["size_bytes_count"], grouped["null_count.reason_count"])
+        whole = pc.and_(whole, pc.equal(grouped["size_bytes_count"], grouped["null_count.detail_count"]))
         for name in PROVENANCE[:-1]:
             whole = pc.and_(whole, pc.equal(grouped[f"min.{name}_min"], grouped[f"max.{name}_max"]))
         grouped = grouped.filter(whole)  # null, which is to say unknown, is not whole
@@ -257,8 +274,15 @@ class CuratedDataset:
         columns += [f"max.{name}_max" for name in PROVENANCE]
         once: dict[str, str] = {}  # 100,000 shards share a few fingerprints
         return {
-            shard: ShardState(Provenance(*(once.setdefault(text, text) for text in texts)), rows, kept, files, size)
-            for shard, rows, kept, size, files, *texts in zip(*(grouped[c].to_pylist() for c in columns), strict=True)
+            shard: ShardState(
+                Provenance(*(once.setdefault(text, text) for text in texts)),
+                Counts(kept, no_errors - kept, rows - no_errors),
+                files,
+                size,
+            )
+            for shard, rows, kept, no_errors, size, files, *texts in zip(
+                *(grouped[c].to_pylist() for c in columns), strict=True
+            )
         }
 
     def commit(self, shards: Sequence[ShardCommit]) -> int:
@@ -409,7 +433,7 @@ class CuratedDataset:
         # A pretraining run names the version it learnt from: versions stay until vacuum is told how many hours to keep.
         configuration = {"delta.logRetentionDuration": _FOREVER, "delta.deletedFileRetentionDuration": _FOREVER}
         if table == ANNOTATIONS:
-            configuration["delta.dataSkippingStatsColumns"] = ",".join(("reason", *PROVENANCE))
+            configuration["delta.dataSkippingStatsColumns"] = ",".join(("reason", "detail", *PROVENANCE))
         try:
             DeltaTable.create(
                 self._uri(table),
@@ -549,13 +573,14 @@ def _add(path: str, size: int, rows: int, **stats: Mapping[str, Any]) -> AddActi
 
 def _annotation_adds(shard: ShardCommit) -> list[AddAction]:
     """Entries whose statistics tell the shard's state: its provenance is the min and max of constant columns, its kept
-    rows are the nulls of `reason`. They are as true for any reader that skips files by them."""
+    rows are the nulls of `reason`, its errors the rows where `detail` is not null. They are as true for any reader that
+    skips files by them."""
     kept = {file.path: file.rows for file in shard.pairs}
     adds = []
     for file in shard.annotations:
         # A shard may hold files that an earlier run finished and did not live to commit.
         constant = {**asdict(shard.provenance), "run": _run_of(file.path)}
-        nulls = {**dict.fromkeys(constant, 0), "reason": kept.get(file.path, 0)}
+        nulls = {**dict.fromkeys(constant, 0), "reason": kept.get(file.path, 0), "detail": file.rows - file.errors}
         adds.append(_add(file.path, file.size, file.rows, minValues=constant, maxValues=constant, nullCount=nulls))
     return adds
 

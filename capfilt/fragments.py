@@ -6,6 +6,7 @@ where they are small and slices those that are large, without reading the whole 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import glob
 import hashlib
@@ -14,13 +15,16 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
 
 from capfilt.errors import InputError
 from capfilt.schema import FILE_SCHEMAS
@@ -32,9 +36,18 @@ URL_COLUMNS = ("url", "URL", "image_url")
 KEY_COLUMNS = ("key", "__key__", "id", "uid")
 STATUS_COLUMNS = ("status",)
 ERROR_COLUMNS = ("error_message",)
+SHA256_COLUMNS = ("sha256",)
 
 _REREADS = 3  # a page that fails to decode so many times in a row is corrupt, not unlucky
+_STORE_PAUSES = (0.5, 2.0)  # seconds before a store that failed is tried again; the stores' clients retry too
 _REMOTE_BUFFER = 8 * 2**20
+_TAIL = 64 * 2**10
+
+_CONTENT_TAGS = ("ETag", "etag", "md5Hash", "Content-MD5", "blob_id", "sha", "generation", "version_id")
+_TIME_STAMPS = (
+    *("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "modified", "modify", "modificationTime"),
+    "created",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +57,8 @@ class InputFile:
     Attributes:
         path: absolute local path or URL.
         shard: name of the shard: the file's stem and a hash of `path`, of [A-Za-z0-9._-]; unique among inputs.
-        input_id: content identity from the listing: the store's ETag where it has one, else size and modification time.
+        input_id: content identity from the listing: the store's ETag or other content tag where it has one, else size
+            and modification time (of a symlink's target), else size and a hash of the file's end, its footer.
         size: bytes.
     """
 
@@ -64,11 +78,12 @@ class Layout:
     key: str | None
     status: str | None
     error: str | None
+    sha256: str | None
 
     @property
     def columns(self) -> list[str]:
         """The columns to read."""
-        names = (self.image, self.text, self.url, self.key, self.status, self.error)
+        names = (self.image, self.text, self.url, self.key, self.status, self.error, self.sha256)
         return list(dict.fromkeys(name for name in names if name is not None))
 
 
@@ -121,6 +136,8 @@ class Row:
         image: encoded bytes, or None for a null image.
         text: web text, or None; undecodable UTF-8 is replaced.
         note: why there is no image, where the file says so (img2dataset's status and error).
+        sha256: hex digest that the input claims, unchecked. img2dataset's is that of the download, so where it resized
+            not that of `image`.
         readable: False where the file's pages holding this row cannot be decoded; then all else is None.
     """
 
@@ -130,6 +147,7 @@ class Row:
     url: str | None = None
     key: str | None = None
     note: str | None = None
+    sha256: str | None = None
     readable: bool = True
 
 
@@ -137,13 +155,16 @@ class Row:
 
 
 def list_inputs(spec: Input, exclude: str | None = None) -> list[InputFile]:
-    """List the input files, sorted by path, each once.
+    """List the input files, sorted by path, each path once.
 
     Directories are searched for `*.parquet` at any depth; names that begin with `_` or `.` are left out, as every
-    Parquet reader does. Nothing is read.
+    Parquet reader does. A path that exists is taken literally, whatever glob characters it holds. Symlinks to files
+    are inputs like others, under their own names; a symlinked directory may be named in the spec, but those found
+    below one are not followed. Nothing is read, except the files' ends in a store that stamps its files with nothing.
 
     Args:
-        exclude: a directory whose files are no inputs (the output, should it lie inside an input directory).
+        exclude: a directory whose files are no inputs (the output, should it lie inside an input directory), also
+            where a symlink leads there.
 
     Raises:
         InputError: a path does not exist, matches nothing, or cannot be listed.
@@ -155,46 +176,97 @@ def list_inputs(spec: Input, exclude: str | None = None) -> list[InputFile]:
             raise InputError(f"{path}: no Parquet file there; input.paths takes files, globs and directories")
         found.update(files)
     if exclude is not None:
-        prefix = exclude.rstrip("/") + "/"
-        found = {path: file for path, file in found.items() if not path.startswith(prefix)}
+        prefix = _real(exclude).rstrip("/") + "/"
+        found = {
+            path: file for path, file in found.items() if not _real(posixpath.dirname(path) + "/").startswith(prefix)
+        }
     return [found[path] for path in sorted(found)]
+
+
+def _real(path: str) -> str:
+    """A local directory without symlinks, `file://` or not, ending in a slash if `path` does; a URL as it is."""
+    if fsspec.utils.get_protocol(path) not in LocalFileSystem.protocol:
+        return path
+    real = os.path.realpath(str(LocalFileSystem._strip_protocol(path)))
+    return real.rstrip("/") + "/" * path.endswith("/")
 
 
 def _list_path(path: str, options: Mapping[str, Any]) -> dict[str, InputFile]:
     try:
         fs, root = fsspec.core.url_to_fs(path, **options)
-        if glob.has_magic(path):
-            infos = [info for info in fs.glob(root, detail=True).values() if info["type"] == "file"]
-        elif fs.isdir(root):
-            infos = [
-                info
-                for name, info in fs.find(root, detail=True).items()
-                if name.endswith(".parquet") and not re.search(r"/[._]", name.removeprefix(root.rstrip("/")))
-            ]
-        else:
-            infos = [fs.info(root)]
+        fs.invalidate_cache()  # s3fs and others would answer from what they listed before, for ever
+        files = [_input_file(fs, info, path, root) for info in _find(fs, path, root)]
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file or directory") from None
     except Exception as error:  # every store raises its own kinds
-        raise InputError(f"{path}: cannot be listed: {type(error).__name__}: {error}") from error
-    files = (_input_file(fs, info) for info in infos)
+        raise InputError(f"{path}: cannot be listed: {_one_line(error)}") from error
     return {file.path: file for file in files}
 
 
-def _input_file(fs: Any, info: Mapping[str, Any]) -> InputFile:
+def _find(fs: Any, path: str, root: str) -> list[Mapping[str, Any]]:
+    """What the store says of each file at `path`, whose name in the store is `root`."""
+    if glob.has_magic(path) and not fs.exists(root):
+        infos = fs.glob(root, detail=True).values()
+    elif fs.isdir(root):
+        infos = [
+            info
+            for name, info in fs.find(root, detail=True).items()
+            if name.endswith(".parquet") and not re.search(r"/[._]", name.removeprefix(root.rstrip("/")))
+        ]
+    else:
+        infos = [fs.info(root)]
+    linked = os.path.isdir if _is_local(fs) else lambda _: False  # a link to a directory is listed as no directory
+    return [info for info in infos if info["type"] != "directory" and not linked(info["name"])]
+
+
+def _input_file(fs: Any, info: Mapping[str, Any], asked: str, root: str) -> InputFile:
     name = info["name"]
-    path = name if _is_local(fs) else fs.unstrip_protocol(name)
+    path = name if _is_local(fs) else _url(fs, name, asked, root)
     stem = re.sub(r"[^A-Za-z0-9._-]+", "_", posixpath.basename(name).removesuffix(".parquet"))[:60]
     digest = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
-    return InputFile(path, f"{stem}-{digest}", _identity(info), int(info["size"] or 0))
+    if _is_local(fs):
+        try:
+            info = _stat(name)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {_one_line(error)}") from error
+    elif _stamp(info) is None:  # a web server's index says less than its answer for one file
+        info = fs.info(name)
+    return InputFile(path, f"{stem}-{digest}", _identity(fs, name, info), int(info["size"] or 0))
 
 
-def _identity(info: Mapping[str, Any]) -> str:
+def _url(fs: Any, name: str, asked: str, root: str) -> str:
+    """URL of file `name`, found under URL `asked` whose own name is `root`, such that it opens in the same store.
+
+    Some names lack what the URL says of the store, as FTP's and HDFS's lack the host; then it is taken from `asked`.
+    """
+    url: str = fs.unstrip_protocol(name)
+    if fs._get_kwargs_from_urls(url) == fs._get_kwargs_from_urls(asked):
+        return url
+    asked, root = asked.rstrip("/"), root.rstrip("/")
+    common = len(posixpath.commonprefix([asked[::-1], root[::-1]]))  # asked = A + common, root = R + common
+    return asked[: len(asked) - common] + name.removeprefix(root[: len(root) - common])
+
+
+def _stat(name: str) -> dict[str, Any]:
+    """Size and time of a local file, of its target where it is a symlink."""
+    stat = Path(name).stat()
+    return {"size": stat.st_size, "mtime": stat.st_mtime}
+
+
+def _stamp(info: Mapping[str, Any]) -> Any:
+    return next((info[key] for key in (*_CONTENT_TAGS, *_TIME_STAMPS) if info.get(key)), None)
+
+
+def _identity(fs: Any, name: str, info: Mapping[str, Any]) -> str:
     """Content identity of a listed file, at most 64 characters."""
-    for tag in ("ETag", "etag", "md5Hash"):
+    for tag in _CONTENT_TAGS:
         if info.get(tag):
             return str(info[tag]).strip('"')[:64]
-    stamp = info.get("mtime") or info.get("LastModified") or info.get("last_modified") or info.get("created")
+    stamp = _stamp(info)
+    if stamp is None:
+        stamp = hashlib.blake2b(fs.tail(name, _TAIL), digest_size=16).hexdigest()
     if isinstance(stamp, datetime.datetime):  # a listing and a look at one file may differ in form
         stamp = stamp.timestamp()
     moment = f"{stamp:.6f}" if isinstance(stamp, float) else str(stamp)
@@ -214,7 +286,7 @@ def read_footer(file: InputFile, columns: Columns, options: Mapping[str, Any]) -
     Raises:
         InputError: the file is not Parquet, is truncated, or lacks a usable column; the message names the file.
     """
-    with _opened(file.path, options) as parquet:
+    with _Opened(file.path, options) as parquet:
         layout = recognise(parquet.schema_arrow, columns, file.path)
         meta = parquet.metadata
         return Footer(layout, tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups)))
@@ -224,7 +296,7 @@ def recognise(schema: pa.Schema, columns: Columns, path: str) -> Layout:
     """Find the columns: those the spec names, else img2dataset's, Hugging Face's and the plain names.
 
     Raises:
-        InputError: no image or text column, or one of an unusable type; says what the file has.
+        InputError: no image or text column, one of an unusable type, or two of one name; says what the file has.
     """
     layout = Layout(
         image=_pick(schema, columns.image, IMAGE_COLUMNS, "image", path) or "",
@@ -233,7 +305,14 @@ def recognise(schema: pa.Schema, columns: Columns, path: str) -> Layout:
         key=_pick(schema, columns.key, KEY_COLUMNS, "key", path, optional=True),
         status=_pick(schema, None, STATUS_COLUMNS, "status", path, optional=True),
         error=_pick(schema, None, ERROR_COLUMNS, "error", path, optional=True),
+        sha256=_pick(schema, None, SHA256_COLUMNS, "sha256", path, optional=True),
     )
+    for name in layout.columns:
+        if schema.names.count(name) > 1:
+            raise InputError(
+                f"{path}: {schema.names.count(name)} columns are named {name}; name another with input.columns, or "
+                "rewrite the file without"
+            )
     image_type, text_type = schema.field(layout.image).type, schema.field(layout.text).type
     if pa.types.is_struct(image_type):
         inner = image_type.get_field_index("bytes")
@@ -317,81 +396,176 @@ def cut(
 # --- reading ---
 
 
+class _Watched:
+    """A store's file for reading that keeps the last error of its own.
+
+    Arrow passes a store's errors on in many forms; this tells a store that fails from pages that are corrupt.
+    """
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.failed: Exception | None = None
+
+    def _watch(self, call: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return call(*args)
+        except Exception as error:
+            self.failed = error
+            raise
+
+    def read(self, size: int = -1) -> bytes:
+        answer: bytes = self._watch(self._file.read, size)
+        return answer
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        answer: int = self._watch(self._file.seek, offset, whence)
+        return answer
+
+    def tell(self) -> int:
+        answer: int = self._watch(self._file.tell)
+        return answer
+
+    @property
+    def closed(self) -> bool:
+        return bool(self._file.closed)
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class _Opened:
-    """A Parquet file of one store, closed on exit; what is wrong with it is an InputError."""
+    """A Parquet file of one store, closed on exit.
+
+    Attributes:
+        failed: the error of a store that failed to open or read the file; None for a local file, and for one that is
+            readable but wrong.
+    """
 
     def __init__(self, path: str, options: Mapping[str, Any]) -> None:
-        self.path, self.options, self.handle = path, options, None
+        self.path, self.options = path, options
+        self._handle: Any = None
+        self._unopened: Exception | None = None
+
+    @property
+    def failed(self) -> Exception | None:
+        return self._unopened or getattr(self._handle, "failed", None)
 
     def __enter__(self) -> pq.ParquetFile:
+        """Raises InputError for what is no Parquet file, and for a store that fails."""
         try:
-            fs, name = fsspec.core.url_to_fs(self.path, **self.options)
-            if _is_local(fs):
-                self.handle = pa.OSFile(name, "rb")
-                return pq.ParquetFile(self.handle, buffer_size=2**20, pre_buffer=False)
-            self.handle = fs.open(name, "rb", block_size=_REMOTE_BUFFER)
-            return pq.ParquetFile(self.handle, buffer_size=_REMOTE_BUFFER, pre_buffer=False)
+            buffer = self._open()
+            return pq.ParquetFile(self._handle, buffer_size=buffer, pre_buffer=False)
         except Exception as error:  # every store raises its own kinds
             self.__exit__()
-            raise InputError(f"{self.path}: not readable as Parquet: {_one_line(error)}") from error
+            what = "cannot be read" if self.failed else "not readable as Parquet"
+            raise InputError(f"{self.path}: {what}: {_one_line(error)}") from error
+
+    def _open(self) -> int:
+        """Open the handle; returns the buffer to read it with, in bytes."""
+        try:
+            fs, name = fsspec.core.url_to_fs(self.path, **self.options)
+            if not _is_local(fs):
+                self._handle = _Watched(fs.open(name, "rb", block_size=_REMOTE_BUFFER))
+                return _REMOTE_BUFFER
+        except Exception as error:
+            self._unopened = error
+            raise
+        self._handle = pa.OSFile(name, "rb")
+        return 2**20
 
     def __exit__(self, *_: object) -> None:
-        if self.handle is not None:
-            self.handle.close()
+        if self._handle is not None:
+            with contextlib.suppress(Exception):  # nothing of a file read is lost by it
+                self._handle.close()
 
 
-def _opened(path: str, options: Mapping[str, Any]) -> _Opened:
-    return _Opened(path, options)
-
-
-def current_identity(file: InputFile, options: Mapping[str, Any]) -> str:
+def current_identity(file: InputFile, options: Mapping[str, Any], pauses: Sequence[float] = _STORE_PAUSES) -> str:
     """The file's content identity now, to compare with `file.input_id`.
+
+    Args:
+        pauses: seconds to wait before each further try at a store that fails.
 
     Raises:
         InputError: the file is gone or its store does not answer.
     """
-    try:
-        fs, name = fsspec.core.url_to_fs(file.path, **options)
-        return _identity(fs.info(name))
-    except Exception as error:  # every store raises its own kinds
-        raise InputError(f"{file.path}: cannot be read any more: {_one_line(error)}") from error
+    for pause in (*pauses, None):
+        try:
+            fs, name = fsspec.core.url_to_fs(file.path, **options)
+            fs.invalidate_cache()
+            return _identity(fs, name, _stat(name) if _is_local(fs) else fs.info(name))
+        except Exception as error:  # every store raises its own kinds
+            if pause is None or isinstance(error, FileNotFoundError):
+                raise InputError(f"{file.path}: cannot be read any more: {_one_line(error)}") from error
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
 
 
-def read_rows(fragment: Fragment, options: Mapping[str, Any], batch_rows: int = 32) -> Iterator[Row]:
-    """Read a fragment's rows in order; exactly `fragment.rows` of them.
+def read_rows(
+    fragment: Fragment, options: Mapping[str, Any], batch_rows: int = 32, pauses: Sequence[float] = _STORE_PAUSES
+) -> Iterator[Row]:
+    """Read a fragment's rows in order; exactly `fragment.rows` of them, all of one state of the file.
 
-    A page that cannot be decoded costs the rest of its row group: those rows come with `readable=False`.
+    A page that cannot be decoded though the store answered every read costs the rest of its row group: those rows
+    come with `readable=False`.
 
     Args:
         batch_rows: rows decoded at a time; bounds memory, with the images' size.
+        pauses: seconds to wait before each further try at a store that fails.
 
     Raises:
-        InputError: the file changed since it was listed, or its store fails (another try may succeed).
+        InputError: the file changed since it was listed, or its store fails (another try may succeed). The rows that
+            came before it are then void.
     """
-    if current_identity(fragment.file, options) != fragment.file.input_id:
-        raise InputError(f"{fragment.file.path}: changed during the run; run again to curate what it holds now")
+    path = fragment.file.path
     position = fragment.start
     failures = 0
     while position < fragment.stop:
+        _refuse_changed(fragment.file, options, pauses)
         group_stop = fragment.stop
+        opened = _Opened(path, options)
         try:
-            with _opened(fragment.file.path, options) as parquet:
+            with opened as parquet:
                 for group, begin, end in _groups(parquet, position, fragment.stop):
                     group_stop = end
                     for row in _read_group(parquet, fragment.layout, group, begin, position, end, batch_rows):
                         yield row
                         position, failures = row.row + 1, 0
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            if isinstance(error, OSError) and error.errno is not None:
-                raise InputError(f"{fragment.file.path}: cannot be read: {_one_line(error)}") from error
+            if position < fragment.stop:
+                raise InputError(f"{path}: holds fewer rows than when it was listed; run again")
+        except Exception as error:  # noqa: BLE001  every store raises its own kinds; re-raised where it is none
             failures += 1
-            if failures >= _REREADS:
-                note = f"pages of rows {position} to {group_stop - 1} cannot be decoded: {_one_line(error)}"
-                for row_number in range(position, group_stop):
-                    yield Row(row_number, note=note, readable=False)
-                position, failures = group_stop, 0
-            else:
-                time.sleep(0.1 * failures)
+            if _another_try(opened, error, failures, pauses):
+                continue
+            note = f"pages of rows {position} to {group_stop - 1} cannot be decoded: {_one_line(error)}"
+            yield from (Row(number, note=note, readable=False) for number in range(position, group_stop))
+            position, failures = group_stop, 0
+    _refuse_changed(fragment.file, options, pauses)
+
+
+def _refuse_changed(file: InputFile, options: Mapping[str, Any], pauses: Sequence[float]) -> None:
+    if current_identity(file, options, pauses) != file.input_id:
+        raise InputError(f"{file.path}: changed during the run; run again to curate what it holds now")
+
+
+def _another_try(opened: _Opened, error: Exception, failures: int, pauses: Sequence[float]) -> bool:
+    """Wait, if reading on after `error`, the `failures`-th in a row, may help; False where the pages are corrupt.
+
+    Raises:
+        InputError: the store keeps failing, or the file is no Parquet file any more.
+        Exception: `error`, where it is a fault of ours.
+    """
+    if opened.failed is not None:
+        if failures > len(pauses) or isinstance(opened.failed, FileNotFoundError):
+            raise InputError(f"{opened.path}: cannot be read: {_one_line(opened.failed)}") from error
+        time.sleep(pauses[failures - 1])
+        return True
+    if isinstance(error, OSError) and error.errno is not None:
+        raise InputError(f"{opened.path}: cannot be read: {_one_line(error)}") from error
+    if not isinstance(error, (pa.ArrowException, OSError, UnicodeDecodeError)):
+        raise error
+    if failures < _REREADS:
+        time.sleep(0.1 * failures)
+    return failures < _REREADS
 
 
 def _groups(parquet: pq.ParquetFile, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
@@ -426,16 +600,16 @@ def _rows(batch: pa.RecordBatch, layout: Layout, first: int) -> Iterator[Row]:
     outside: list[Any] = [None] * batch.num_rows
     if pa.types.is_struct(images.type):
         if images.type.get_field_index("path") >= 0:
-            outside = pa.compute.struct_field(images, "path").to_pylist()
-        images = pa.compute.struct_field(images, "bytes")
+            outside = pc.struct_field(images, "path").to_pylist()
+        images = pc.struct_field(images, "bytes")
     texts, urls, keys = (_strings(batch, name) for name in (layout.text, layout.url, layout.key))
-    states, errors = _strings(batch, layout.status), _strings(batch, layout.error)
+    states, errors, digests = (_strings(batch, name) for name in (layout.status, layout.error, layout.sha256))
     for i, image in enumerate(images.to_pylist()):
         note = None
         if image is None:
             said = [part for part in (states[i], errors[i]) if part]
             note = ": ".join(said) or (f"only a path is stored: {outside[i]}" if outside[i] else None)
-        yield Row(first + i, image, texts[i], urls[i], keys[i], note)
+        yield Row(first + i, image, texts[i], urls[i], keys[i], note, digests[i])
 
 
 def _strings(batch: pa.RecordBatch, name: str | None) -> list[str | None]:
@@ -526,13 +700,19 @@ class ParquetWriter:
         return size
 
     def abandon(self) -> None:
-        """Give the file up: nothing readable is left where the store allows it; vacuum finds the rest."""
+        """Give the file up: nothing readable is left where the store allows it; vacuum finds the rest.
+
+        Raises nothing, since the error that led here is the one to hear of.
+        """
         self._pending = []
-        if self._local:
-            self._file.close()
-            os.unlink(self._local)
-        elif hasattr(self._file, "discard"):
-            self._file.discard()
+        self._writer.is_open = False  # else it would write its footer when collected
+        with contextlib.suppress(Exception):  # every store raises its own kinds
+            self._file.close() if self._local else self._file.discard()
+        with contextlib.suppress(OSError, AttributeError):  # some files' `closed` is read-only
+            if self._local:
+                os.unlink(self._local)
+            else:
+                self._file.closed = True  # else fsspec would upload what it holds when collected
 
 
 def _array(values: list[Any], kind: pa.DataType) -> pa.Array:

@@ -134,7 +134,9 @@ def adopt(
     adopted: dict[str, list[Receipt]] = {}
     for receipt in sorted((r for r in found if r is not None), key=lambda r: (r.shard, r.start, -r.stop)):
         taken = adopted.setdefault(receipt.shard, [])
-        if taken and (receipt.start < taken[-1].stop or receipt.file_rows != taken[-1].file_rows):
+        if taken and (receipt.start < taken[-1].stop or receipt.stop <= taken[-1].stop):  # the latter: of no rows
+            continue
+        if taken and receipt.file_rows != taken[-1].file_rows:
             continue
         taken.append(receipt)
     return adopted

@@ -30,19 +30,35 @@ from pydantic import (
 
 from capfilt.errors import SpecError
 
+_ROLES = ("captioner", "filter")
+_LOCAL_URL = re.compile(r"(?:file|local)://(?:localhost(?=/))?")
 _SECRET = re.compile(r"secret|token|password|passwd|credential|access_key|account_key|sas|^key$", re.IGNORECASE)
 
 
-def _resolve(path: str, info: ValidationInfo) -> str:
-    """Make a local path absolute against the file it was written in; leave URLs alone."""
-    if "://" in path:
+def _absolute(path: str, base: str | Path) -> str:
+    """A local path, or `file://` URL of one, as a plain absolute path; other URLs as they are."""
+    if local := _LOCAL_URL.match(path):
+        path = path[local.end() :]
+    elif "://" in path:
         return path
-    base = (info.context or {}).get("base", os.curdir)
     return os.path.normpath(os.path.join(os.path.abspath(base), os.path.expanduser(path)))
+
+
+def _resolve(path: str, info: ValidationInfo) -> str:
+    return _absolute(path, (info.context or {}).get("base", os.curdir))
+
+
+def _no_percent(output: str) -> str:
+    if "%" in output:
+        raise ValueError("no % may be in it: Delta Lake takes %20 for a space and would write elsewhere; rename it")
+    return output
 
 
 Location = Annotated[str, Field(min_length=1), AfterValidator(_resolve)]
 """A local path or an fsspec URL (``s3://bucket/prefix``)."""
+
+OutputLocation = Annotated[Location, AfterValidator(_no_percent)]
+"""A Location that Delta Lake and fsspec read alike."""
 
 
 class _Model(BaseModel):
@@ -113,7 +129,14 @@ class CaptionerCard(_Card):
     )
 
 
-class Thresholds(_Model):
+class ThresholdsOverride(_Model):
+    """Thresholds in place of a filter card's; what is not given stays the card's."""
+
+    web: float | None = Field(default=None, ge=0, le=1, description="For web texts.")
+    synthetic: float | None = Field(default=None, ge=0, le=1, description="For the captioner's texts.")
+
+
+class Thresholds(ThresholdsOverride):
     """Match probability below which a text is dropped (BLIP section 3.3: unmatched by the ITM head is p < 0.5)."""
 
     web: float = Field(default=0.5, ge=0, le=1, description="For web texts.")
@@ -222,14 +245,14 @@ class CurateSpec(_Model):
 
     kind: Literal["curate"]
     input: Input
-    output: Location = Field(description="Directory or URL of the curated dataset.")
+    output: OutputLocation = Field(description="Directory or URL of the curated dataset; without `%`.")
     output_options: StorageOptions = Field(
         default={}, description="For the output's store: endpoint, profile, region, ... never a secret."
     )
     captioner: CaptionerCard = Field(description="A card, or the path of one.")
     filter: FilterCard = Field(description="A card, or the path of one.")
     sampling: Sampling = Sampling()
-    thresholds: Thresholds | None = Field(default=None, description="In place of the filter card's.")
+    thresholds: ThresholdsOverride | None = Field(default=None, description="In place of the filter card's, each.")
     images: Images = Images()
     fragment_rows: int = Field(
         default=1000, ge=1, le=1_000_000, description="Rows of one unit of work; what a crash can cost."
@@ -241,8 +264,9 @@ class CurateSpec(_Model):
 
     @property
     def effective_thresholds(self) -> Thresholds:
-        """The spec's thresholds, else the filter card's."""
-        return self.thresholds or self.filter.thresholds
+        """Each threshold: the spec's, else the filter card's."""
+        own = self.thresholds.model_dump(exclude_none=True) if self.thresholds else {}
+        return self.filter.thresholds.model_copy(update=own)
 
     @property
     def batch_size(self) -> int:
@@ -270,19 +294,18 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
 
     Args:
         path: a YAML file. Paths in it, and in overrides, resolve relative to it.
-        overrides: `a.b=value` assignments, the value read as YAML; applied before validation, into the card's own
-            fields too (`captioner.batch_size=8`).
+        overrides: `a.b=value` assignments, the value read as YAML; applied in order before validation, to the card
+            (`captioner=card.yaml`) and into the card's own fields (`captioner.batch_size=8`) too.
 
     Raises:
         SpecError: naming the file and each field that is wrong, with the nearest known name for an unknown key.
     """
     path = Path(path)
     data = _read_yaml(path)
-    for role in ("captioner", "filter"):
-        if isinstance(data.get(role), str):
-            data[role] = _card_data(Path(os.path.normpath(path.parent / data[role])))
     for override in overrides:
-        _assign(data, override)
+        _assign(data, override, path.parent)
+    for role in _ROLES:
+        _open_card(data, role, path.parent)
     spec: RunSpec = _validated(RunSpec, data, path)
     return spec
 
@@ -297,13 +320,28 @@ def load_card(path: str | Path) -> CaptionerCard | FilterCard:
     return card
 
 
-def _card_data(path: Path) -> dict[str, Any]:
-    """A card's raw fields, its checkpoint path made absolute against the card's own file."""
-    data = _read_yaml(path)
-    checkpoint = data.get("checkpoint")
+def output_location(text: str) -> str:
+    """An output given without a spec, as a spec's `output` would be read from the working directory.
+
+    Raises:
+        SpecError: it holds a `%`.
+    """
+    try:
+        return _no_percent(_absolute(text, os.curdir))
+    except ValueError as error:
+        raise SpecError(f"{text}: {error}") from None
+
+
+def _open_card(data: dict[str, Any], role: str, base: Path) -> None:
+    """Put a card's raw fields in place of its path, its checkpoint's path made absolute against the card's own file."""
+    if not isinstance(data.get(role), str):
+        return
+    path = Path(_absolute(data[role], base))
+    card = _read_yaml(path)
+    checkpoint = card.get("checkpoint")
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("path"), str):
-        data["checkpoint"] = {**checkpoint, "path": str(path.parent.absolute() / checkpoint["path"])}
-    return data
+        card["checkpoint"] = {**checkpoint, "path": _absolute(checkpoint["path"], path.parent)}
+    data[role] = card
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -320,7 +358,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def _assign(data: dict[str, Any], override: str) -> None:
+def _assign(data: dict[str, Any], override: str, base: Path) -> None:
     name, equals, text = override.partition("=")
     keys = name.strip().split(".")
     if not equals or not all(keys):
@@ -329,6 +367,8 @@ def _assign(data: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SpecError(f"--set {override}: the value is not valid YAML: {error}") from error
+    if len(keys) > 1 and keys[0] in _ROLES:
+        _open_card(data, keys[0], base)
     node = data
     for key in keys[:-1]:
         child = node.setdefault(key, {})

@@ -69,6 +69,27 @@ class RaisingFilter(HashFilter):
         ]
 
 
+class LosesDeviceFilter(HashFilter):
+    """From the text "lose the device" on, every call of this process fails, as after a device-side assert."""
+
+    lost = False
+
+    def score(self, images_BCHW: torch.Tensor, texts: Sequence[Sequence[str]]) -> list[list[tuple[float, float]]]:
+        self.lost = self.lost or any(text == "lose the device" for row in texts for text in row)
+        if self.lost:
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        return super().score(images_BCHW, texts)
+
+
+def load_loses_device(spec: CurateSpec, _device: str) -> tuple[HashCaptioner, HashFilter]:
+    return HashCaptioner(spec), LosesDeviceFilter()
+
+
+def load_dies(_spec: CurateSpec, _device: str) -> tuple[HashCaptioner, HashFilter]:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("dead")
+
+
 def load_hash(spec: CurateSpec, _device: str) -> tuple[HashCaptioner, HashFilter]:
     return HashCaptioner(spec), HashFilter()
 

@@ -98,6 +98,28 @@ def test_a_candidate_does_not_know_how_many_there_are(
     assert all(len(set(own)) == 5 for own in five)
 
 
+@pytest.mark.parametrize("candidates", [1, 4])
+@pytest.mark.parametrize("tie_tolerance", [0.0, 0.02])
+def test_an_image_is_seen_once_and_candidates_are_written_together(
+    checkpoint: Path, images: Tensor, shas: list[str], candidates: int, tie_tolerance: float
+) -> None:
+    writer = captioner(checkpoint, Sampling(candidates=candidates, max_tokens=9), tie_tolerance, batch_size=8)
+    seen, prompted = [], []
+    writer._blip.model.vision_model.register_forward_pre_hook(
+        lambda _module, _args, named: seen.append(len(named["pixel_values"])), with_kwargs=True
+    )
+    writer._blip.model.text_decoder.register_forward_pre_hook(
+        lambda _module, _args, named: (
+            prompted.append(len(named["input_ids"])) if named["past_key_values"] is None else None
+        ),
+        with_kwargs=True,
+    )
+    writer.caption(images[:24], shas[:24])
+    assert (writer.rewritten > 0) == (tie_tolerance > 0)
+    assert sum(seen) == 24 + writer.rewritten
+    assert sorted(prompted, reverse=True) == [8] * (3 * candidates) + [1] * writer.rewritten
+
+
 def test_what_a_caption_depends_on(
     checkpoint: Path, images: Tensor, shas: list[str], reference: list[list[str]]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from conftest import jpeg, read, write_shard
 
+from capfilt.fingerprints import checkpoint_files
 from capfilt.models.tiny import write_tiny_pair
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +49,7 @@ def test_a_user_goes_through_every_command(spec: Path) -> None:
     assert checked.returncode == 0, checked.stderr
     assert "2 files" in checked.stdout
     assert "image=jpg text=caption" in checked.stdout
+    assert f"filter filter: found in {spec.parent / 'models' / 'filter'}" in checked.stdout
     planned = capfilt("plan", spec)
     assert planned.returncode == 0, planned.stderr
     assert "curate 2 shards" in planned.stdout
@@ -64,11 +67,13 @@ def test_a_user_goes_through_every_command(spec: Path) -> None:
     state = capfilt("status", spec.parent / "out")
     assert state.returncode == 0, state.stderr
     assert "2 shards, 120 rows" in state.stdout
+    assert capfilt("status", spec).stdout == state.stdout
     assert "up to date" in capfilt("plan", spec).stdout
     assert "thresholds changed" in capfilt("plan", spec, "--set", "thresholds.web=0.9").stdout
     assert "nothing to do: 2 shards" in capfilt("run", spec).stdout
     swept = capfilt("vacuum", spec.parent / "out", "--hours", "0")
     assert swept.returncode == 0, swept.stderr
+    assert "0 files removed" in capfilt("vacuum", spec).stdout
     assert read(str(spec.parent / "out")) == rows
 
 
@@ -81,16 +86,100 @@ def test_a_user_goes_through_every_command(spec: Path) -> None:
         (["run", "run.yaml", "--set", "captioner.checkpoint.path=gone"], 1, "gone"),
         (["status", "nowhere"], 1, "nowhere"),
         (["status", "data"], 1, "data"),
+        (["status", "a%20b"], 2, "a%20b: no % may be in it"),
+        (["status", "options.yaml"], 1, "colour"),
+        (["vacuum", "options.yaml"], 1, "colour"),
+        (["vacuum", "typo"], 1, "typo"),
+        (["vacuum", "typo", "--hours", "0.5"], 2, "Invalid value for '--hours'"),
+        (["check", "run.yaml", "--set", "output=."], 1, "no input is left"),
         (["frobnicate"], 2, "No such command"),
         (["run"], 2, "Missing argument"),
     ],
 )
 def test_errors_are_one_line_and_a_code(spec: Path, arguments: list[str], code: int, message: str) -> None:
+    (spec.parent / "options.yaml").write_text(spec.read_text() + "output_options: {colour: blue}\n")
     done = capfilt(*arguments, cwd=spec.parent)
+    assert not (spec.parent / "typo").exists()
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
+
+
+def test_inputs_that_all_lie_in_the_output(spec: Path) -> None:
+    for command in ("plan", "run"):
+        done = capfilt(command, spec, "--set", "output=.")
+        assert done.returncode == 0, done.stderr
+        assert "nothing to do: no input is left" in done.stdout
+
+
+def test_check_looks_for_hub_checkpoints_in_the_cache(spec: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_CACHE", str(spec.parent / "cache"))
+    for role in ("captioner", "filter"):
+        (spec.parent / f"{role}.yaml").write_text(
+            f"role: {role}\nname: {role}\ncheckpoint: {{hub: o/{role}, revision: {'a' * 40}}}\nimage_size: 32\n"
+        )
+    snapshot = spec.parent / "cache" / "models--o--captioner" / "snapshots" / ("a" * 40)
+    shutil.copytree(spec.parent / "models" / "captioner", snapshot)
+    checked = capfilt("check", spec)
+    assert checked.returncode == 0, checked.stderr
+    assert f"captioner captioner: o/captioner at aaaaaaaaaaaa is in the cache: {snapshot}" in checked.stdout
+    assert "filter filter: o/filter at aaaaaaaaaaaa is not in the cache: will be fetched" in checked.stdout
+    (snapshot / "model.safetensors").unlink()
+    assert "o/captioner at aaaaaaaaaaaa is in the cache in part" in capfilt("check", spec).stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            "OSError(28, 'No space left on device', '/out')",
+            "capfilt: OSError: [Errno 28] No space left on device: '/out'",
+        ),
+        ("deltalake.exceptions.DeltaError('the\\n\\x1b[31mstore')", "capfilt: DeltaError: the store"),
+        ("KeyError('a bug')", None),
+    ],
+)
+def test_what_a_disk_or_a_store_raises_is_one_line(error: str, line: str | None) -> None:
+    imports = "import deltalake.exceptions\nfrom capfilt.cli import app, main"
+    code = f"{imports}\n@app.command()\ndef fail():\n    raise {error}"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}\nmain()", "fail"], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    if line is None:
+        assert "Traceback" in done.stderr
+    else:
+        assert done.stderr.splitlines() == [line, "what was finished is kept; mend this and run again to resume"]
+
+
+def test_demo(spec: Path) -> None:
+    shutil.rmtree(spec.parent / "models")
+    (spec.parent / "models" / "captioner").mkdir(parents=True)  # as one that was killed may leave them
+    (spec.parent / "web").mkdir()
+    spec.write_text(spec.read_text().replace("data", "web/shards") + "max_error_fraction: 1\n")
+    first = capfilt("demo", spec, "--images", "24")
+    assert first.returncode == 0, first.stderr
+    assert "rendering 24 images" in first.stdout
+    assert "in 6 shards" in first.stdout
+    again = capfilt("demo", spec)
+    assert again.returncode == 0, again.stderr
+    assert "nothing to do: 6 shards are up to date" in again.stdout
+    assert "6 shards, 24 rows" in again.stdout
+    assert f"dataset: {spec.parent}/out/pairs" in again.stdout
+    other = capfilt("demo", spec, "--images", "30")
+    assert other.returncode == 1
+    assert "holds 24 images, not 30; delete it" in other.stderr
+
+
+def test_tiny_models_are_replaced_whole(tmp_path: Path) -> None:
+    (tmp_path / "filter").mkdir()
+    (tmp_path / "filter" / "model.safetensors.index.json").write_text("of another model")
+    pair = write_tiny_pair(tmp_path)
+    assert sorted(tmp_path.iterdir()) == sorted(pair)
+    for directory in pair:
+        assert {file.name for file in checkpoint_files(directory)} >= {"config.json", "model.safetensors", "vocab.txt"}
+        assert not (directory / "model.safetensors.index.json").exists()
 
 
 def test_a_sick_run_exits_3(spec: Path) -> None:

@@ -41,7 +41,8 @@ def write_file(output: str, table: str, path: str, rows: Sequence[dict[str, Any]
     file = Path(output, DIRECTORIES[table], path)
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema), file)
-    return DataFile(path, len(rows), file.stat().st_size)
+    errors = sum(row["status"] == ERROR for row in rows) if table == ANNOTATIONS else 0
+    return DataFile(path, len(rows), file.stat().st_size, errors)
 
 
 def write_shard(
@@ -60,6 +61,7 @@ def write_shard(
                 "width": 4,
                 "status": str(status),
                 "reason": REASON[status],
+                "detail": "why" if status is ERROR else None,
                 "texts": [{"source": "web", "candidate": 0, "text": "a", "itm": 0.5, "itc": None, "kept": True}],
                 "image": b"bytes",
                 "text": "a",
@@ -97,8 +99,9 @@ def assert_holds(output: str, model: dict[str, tuple[str, Sequence[Status]]]) ->
     dataset = CuratedDataset.for_reading(output, {})
     for table in DIRECTORIES:
         assert rows_of(dataset, table) == expected(model, table), table
-    states = {shard: (state.provenance.run, state.rows, state.kept) for shard, state in dataset.committed().items()}
-    assert states == {s: (run, len(rows), Counter(rows)[KEPT]) for s, (run, rows) in model.items()}
+    states = {shard: (state.provenance.run, state.counts) for shard, state in dataset.committed().items()}
+    tallies = {shard: (run, Counter(rows)) for shard, (run, rows) in model.items()}
+    assert states == {s: (run, Counts(t[KEPT], t[DROPPED], t[ERROR])) for s, (run, t) in tallies.items()}
 
 
 class Killed(BaseException):
@@ -171,7 +174,7 @@ def test_state_comes_from_the_log_alone(output: str) -> None:
             file.unlink()
     size = sum(file.size for file in shard.annotations)
     committed = CuratedDataset.committed_in(output, {})
-    assert committed["a"] == ShardState(provenance("r1"), rows=5, kept=3, files=2, size=size)
+    assert committed["a"] == ShardState(provenance("r1"), Counts(3, 1, 1), files=2, size=size)
     assert committed["empty"].rows == 0
     assert committed["empty"].provenance == provenance("r1")
 
@@ -218,7 +221,8 @@ BROKEN: dict[str, tuple[Callable[[ShardCommit], ShardCommit], str]] = {
     "a row lost": (lambda s: replace(s, rows=5), "5 rows in, 4 rows annotated"),
     "a row miscounted": (lambda s: replace(s, counts=Counts(2, 2, 1)), "5 counted"),
     "a pair lost": (lambda s: replace(s, pairs=()), "2 rows kept, 0 rows in pairs"),
-    "too much in quarantine": (lambda s: replace(s, counts=Counts(2, 2, 0)), "0 rows are errors, 1 rows in quarantine"),
+    "an error miscounted": (lambda s: replace(s, counts=Counts(2, 2, 0)), "0 rows are errors, 1 annotated as such"),
+    "too much in quarantine": (lambda s: replace(s, quarantine=2 * s.quarantine), "1 rows are errors, 2 rows in quarant"),
     "no annotations": (lambda s: replace(s, rows=0, counts=Counts(), annotations=(), pairs=()), "no annotations file"),
     "another shard's file": (
         lambda s: replace(s, quarantine=(replace(s.quarantine[0], path="shard=b/0-1-r-0.parquet"),)),

@@ -143,6 +143,8 @@ def test_form() -> None:
 def test_thresholds_written_out_are_the_defaults() -> None:
     assert prints(thresholds={"web": 0.5, "synthetic": 0.5}) == prints()
     assert prints(thresholds=Thresholds(), filter__thresholds={"web": 0.1}) == prints()
+    card = {"web": 0.6, "synthetic": 0.7}
+    assert prints(thresholds={"web": 0.6}, filter__thresholds=card) == prints(filter__thresholds=card)
 
 
 def test_needs_no_torch() -> None:

@@ -2,19 +2,36 @@
 
 from __future__ import annotations
 
+import gc
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import jpeg, write_shard
+from fsspec import AbstractFileSystem
+from fsspec.exceptions import FSTimeoutError
+from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
 
 from capfilt.errors import InputError
-from capfilt.fragments import Fragment, InputFile, cut, list_inputs, read_footer, read_rows, recognise
+from capfilt.fragments import (
+    Fragment,
+    InputFile,
+    ParquetWriter,
+    current_identity,
+    cut,
+    list_inputs,
+    read_footer,
+    read_rows,
+    recognise,
+)
+from capfilt.schema import FILE_SCHEMAS, PAIRS
 from capfilt.spec import Columns, Input
 
 
@@ -25,6 +42,105 @@ def listed(*paths: Path | str, **options: Any) -> list[InputFile]:
 def whole(file: InputFile) -> Fragment:
     footer = read_footer(file, Columns(), {})
     return Fragment(file, footer.layout, 0, footer.rows, footer.rows)
+
+
+class StoreFS(MemoryFileSystem):
+    """A store in memory whose reads fail on demand, whose names lack the host, whose stamps and cache can be set."""
+
+    protocol = "teststore"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    fail: ClassVar[Callable[[int], Exception | None]]  # what befalls the n-th read of a file's first 10 kB
+    reads: ClassVar[int]
+    stamps: ClassVar[dict[str, Any]]
+    listed: ClassVar[dict[str, Any]] = {}
+
+    @classmethod
+    def reset(cls) -> None:
+        cls.fail, cls.reads, cls.stamps = staticmethod(lambda _: None), 0, {"ETag": "1"}
+        cls.store.clear()
+        cls.listed.clear()
+
+    @classmethod
+    def _get_kwargs_from_urls(cls, path: str) -> dict[str, Any]:
+        host = path.removeprefix("teststore://").partition("/")[0]
+        return {"host": host} if "://" in path and host else {}
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        if "://" in path:
+            path = path.partition("://")[2].partition("/")[2]
+        return "/" + path.strip("/") if path.strip("/") else ""
+
+    def __init__(self, host: str = "", **options: Any) -> None:
+        super().__init__(**options)
+        if not host:
+            raise ConnectionError("no host")
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        path = self._strip_protocol(path)
+        if path not in self.listed:
+            info = super().info(path, **options)
+            info.pop("created", None)
+            self.listed[path] = info | (self.stamps if info["type"] == "file" else {})
+        return dict(self.listed[path])
+
+    def ls(self, path: str, detail: bool = True, **options: Any) -> list[Any]:
+        names = [entry["name"] for entry in super().ls(path, detail=True, **options)]
+        return [self.info(name) for name in names] if detail else names
+
+    find = AbstractFileSystem.find  # memory's own does not ask `ls`
+
+    def invalidate_cache(self, path: str | None = None) -> None:  # noqa: ARG002  fsspec's signature
+        self.listed.clear()
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        file = super()._open(path, mode, **options)
+        return _StoreFile(file) if mode == "rb" else file
+
+
+class _StoreFile:
+    def __init__(self, file: Any) -> None:
+        self.file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+    def __enter__(self) -> Any:
+        return self.file.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def read(self, size: int = -1) -> bytes:
+        if self.file.tell() < 10_000:
+            StoreFS.reads += 1
+            error = StoreFS.fail(StoreFS.reads)
+            if error is not None:
+                raise error
+        data: bytes = self.file.read(size)
+        return data
+
+
+@pytest.fixture
+def store() -> Iterator[Callable[[bytes], InputFile]]:
+    """Stores a file as teststore://host/in/0.parquet and lists it."""
+    fsspec.register_implementation("teststore", StoreFS, clobber=True)
+    StoreFS.reset()
+    fs = StoreFS("host")
+
+    def put(data: bytes) -> InputFile:
+        fs.pipe_file("/in/0.parquet", data)
+        (file,) = listed("teststore://host/in")
+        return file
+
+    yield put
+    StoreFS.reset()
+
+
+def noise(rows: int, path: Path) -> bytes:
+    """A shard whose pages lie apart from its footer."""
+    return write_shard(path, [os.urandom(3000) for _ in range(rows)], row_group=20).read_bytes()
 
 
 # --- listing ---
@@ -50,6 +166,90 @@ def test_the_output_is_no_input(tmp_path: Path) -> None:
     assert names == ["00000.parquet", "q.parquet"]
 
 
+@pytest.mark.parametrize("spelling", ["file://{0}/in/out", "{0}/link/out", "file://{0}/link/out/"])
+def test_the_output_is_no_input_however_it_is_spelled(tmp_path: Path, spelling: str) -> None:
+    write_shard(tmp_path / "in" / "00000.parquet", [jpeg(0)])
+    write_shard(tmp_path / "in" / "out" / "pairs" / "p.parquet", [jpeg(0)])
+    (tmp_path / "link").symlink_to(tmp_path / "in")
+    for paths in ("in", "link"):
+        names = [Path(file.path).name for file in listed(tmp_path / paths, exclude=spelling.format(tmp_path))]
+        assert names == ["00000.parquet"]
+
+
+def test_file_urls_are_plain_paths(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "in" / "00000.parquet", [jpeg(0)])
+    assert listed(f"file://{path}") == listed(f"file://{tmp_path}/in") == listed(path)
+
+
+def test_symlinks_are_inputs_with_their_targets_identity(tmp_path: Path) -> None:
+    blob = write_shard(tmp_path / "blobs" / "abc", [jpeg(0)] * 3)
+    snapshot = tmp_path / "in"
+    snapshot.mkdir()
+    (snapshot / "0.parquet").symlink_to(blob)
+    (snapshot / "dir.parquet").symlink_to(tmp_path / "blobs")  # a directory below an input is not followed
+    (tmp_path / "again").symlink_to(snapshot)
+    (file,) = listed(snapshot)
+    assert file.path == str(snapshot / "0.parquet")
+    assert listed(snapshot / "*.parquet") == listed(file.path) == [file]
+    assert [found.path for found in listed(tmp_path / "again")] == [str(tmp_path / "again" / "0.parquet")]
+    assert len(list(read_rows(whole(file), {}))) == 3
+    os.utime(blob, (1, 1))
+    assert current_identity(file, {}) != file.input_id
+    assert listed(snapshot)[0].input_id == current_identity(file, {})
+
+
+def test_a_symlink_to_nothing_is_named(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.parquet", [jpeg(0)])
+    (tmp_path / "1.parquet").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"1\.parquet"):
+        listed(tmp_path)
+
+
+def test_what_exists_is_no_glob(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "in[1]" / "a b[2].parquet", [jpeg(0)])
+    (file,) = listed(path)
+    assert file.path == str(path)
+    assert listed(tmp_path / "in[1]") == [file]
+    assert len(list(read_rows(whole(file), {}))) == 1
+
+
+@pytest.mark.parametrize("asked", ["in/0.parquet", "in/", "in", "", "in/*.parquet", "**/0.parquet"])
+def test_found_files_keep_the_urls_host(store: Callable[[bytes], InputFile], tmp_path: Path, asked: str) -> None:
+    store(noise(5, tmp_path / "x"))
+    (file,) = listed(f"teststore://host/{asked}")
+    assert file.path == "teststore://host/in/0.parquet"
+    assert len(list(read_rows(whole(file), {}))) == 5
+
+
+def test_a_stores_cache_is_not_believed(store: Callable[[bytes], InputFile], tmp_path: Path) -> None:
+    file = store(noise(5, tmp_path / "x"))
+    StoreFS.stamps = {"ETag": "2"}
+    assert current_identity(file, {}) == "2"
+    StoreFS.stamps = {"ETag": "3"}
+    assert [found.input_id for found in listed("teststore://host/in")] == ["3"]
+
+
+@pytest.mark.parametrize(
+    "key", ["blob_id", "generation", "version_id", "updated", "Last-Modified", "modified", "LastModified", "mtime"]
+)
+def test_identity_uses_whatever_stamp_there_is(store: Callable[[bytes], InputFile], tmp_path: Path, key: str) -> None:
+    data = noise(5, tmp_path / "x")
+    StoreFS.stamps = {key: "one"}
+    before = store(data)
+    StoreFS.stamps = {key: "two"}
+    assert store(data).input_id != before.input_id
+
+
+def test_identity_without_a_stamp_is_of_the_footer(store: Callable[[bytes], InputFile], tmp_path: Path) -> None:
+    StoreFS.stamps = {}
+    data = noise(5, tmp_path / "x")
+    before = store(data)
+    assert store(data) == before
+    assert current_identity(before, {}) == before.input_id
+    assert store(data[:-20] + bytes(20)).input_id != before.input_id
+    assert len(before.input_id) <= 64
+
+
 def test_identity_changes_with_the_file_and_only_then(tmp_path: Path) -> None:
     path = write_shard(tmp_path / "00000.parquet", [jpeg(0)])
     (before,) = listed(path)
@@ -71,8 +271,6 @@ def test_what_is_not_there_is_named(tmp_path: Path, path: str) -> None:
 
 
 def test_memory_filesystem(tmp_path: Path) -> None:
-    import fsspec
-
     path = write_shard(tmp_path / "00000.parquet", [jpeg(i) for i in range(5)])
     fsspec.filesystem("memory").pipe_file("/bucket/00000.parquet", path.read_bytes())
     (file,) = listed("memory://bucket/")
@@ -120,6 +318,14 @@ def test_unusable_layouts_name_file_and_field(fields: dict[str, pa.DataType], me
         recognise(pa.schema(list(fields.items())), Columns(), "f.parquet")
     assert "f.parquet" in str(caught.value)
     assert "input.columns" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["jpg", "caption", "url", "sha256"])
+def test_a_chosen_name_that_occurs_twice_is_refused(name: str) -> None:
+    fields = {"jpg": pa.binary(), "caption": pa.string(), "url": pa.string(), "sha256": pa.string()}
+    schema = pa.schema([*fields.items(), (name, fields[name]), ("other", pa.string()), ("other", pa.string())])
+    with pytest.raises(InputError, match=rf"f\.parquet: 2 columns are named {name}"):
+        recognise(schema, Columns(), "f.parquet")
 
 
 # --- cutting ---
@@ -177,6 +383,84 @@ def test_hugging_face_structs(tmp_path: Path) -> None:
     assert rows[1].note == "only a path is stored: b.jpg"
 
 
+def test_the_claimed_digest_is_carried(tmp_path: Path) -> None:
+    table = pa.table({"jpg": [jpeg(1), None], "caption": ["a", "b"], "sha256": ["c0ffee", None]})
+    pq.write_table(table, tmp_path / "0.parquet")
+    (file,) = listed(tmp_path)
+    assert [row.sha256 for row in read_rows(whole(file), {})] == ["c0ffee", None]
+
+
+class ClientPayloadError(Exception):
+    """A store client's own kind, as aiohttp's, which is no OSError."""
+
+
+TRANSIENT = [FSTimeoutError, ConnectionResetError, ClientPayloadError, lambda text: OSError(5, text), ValueError]
+
+
+@pytest.mark.parametrize("error", TRANSIENT)
+def test_a_store_that_fails_for_a_while_is_read_again(
+    store: Callable[[bytes], InputFile], tmp_path: Path, error: Callable[[str], Exception]
+) -> None:
+    fragment = whole(store(noise(50, tmp_path / "x")))
+    StoreFS.fail = staticmethod(lambda read: error("reset") if read in (1, 2) else None)
+    rows = list(read_rows(fragment, {}, pauses=(0, 0)))
+    assert [row.row for row in rows] == list(range(50))
+    assert all(row.readable for row in rows)
+    assert StoreFS.reads > 2
+
+
+@pytest.mark.parametrize("error", TRANSIENT)
+def test_a_store_that_keeps_failing_makes_no_row_unreadable(
+    store: Callable[[bytes], InputFile], tmp_path: Path, error: Callable[[str], Exception]
+) -> None:
+    fragment = whole(store(noise(50, tmp_path / "x")))
+    StoreFS.fail = staticmethod(lambda _: error("reset"))
+    with pytest.raises(InputError, match=r"teststore://host/in/0\.parquet: cannot be read: .*reset"):
+        list(read_rows(fragment, {}, pauses=(0, 0)))
+    assert StoreFS.reads == 3
+
+
+def test_a_corrupt_page_of_a_store_that_answers_is_unreadable(
+    store: Callable[[bytes], InputFile], tmp_path: Path
+) -> None:
+    data = bytearray(noise(50, tmp_path / "x"))
+    at = pq.ParquetFile(tmp_path / "x").metadata.row_group(0).column(3).data_page_offset
+    data[at : at + 40] = b"\xff" * 40
+    rows = list(read_rows(whole(store(bytes(data))), {}, pauses=(0, 0)))
+    assert [row.readable for row in rows] == [False] * 20 + [True] * 30
+
+
+def test_a_file_shorter_than_the_fragment_is_refused(tmp_path: Path) -> None:
+    (file,) = listed(write_shard(tmp_path / "0.parquet", [jpeg(0)] * 5))
+    fragment = Fragment(file, whole(file).layout, 0, 10, 10)
+    with pytest.raises(InputError, match="fewer rows"):
+        list(read_rows(fragment, {}))
+
+
+def test_a_file_replaced_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "0.parquet", [os.urandom(3000) for _ in range(90)])
+    rows = read_rows(whole(listed(path)[0]), {})
+    next(rows)
+    os.utime(path, (1, 1))
+    with pytest.raises(InputError, match="changed during the run"):
+        list(rows)
+
+
+def test_a_file_replaced_before_a_store_is_asked_again_is_not_mixed_in(
+    store: Callable[[bytes], InputFile], tmp_path: Path
+) -> None:
+    fragment = whole(store(noise(50, tmp_path / "x")))
+
+    def replaced(_: int) -> Exception:
+        StoreFS.stamps = {"ETag": "2"}
+        return ConnectionResetError("reset")
+
+    StoreFS.fail = staticmethod(replaced)
+    with pytest.raises(InputError, match="changed during the run"):
+        list(read_rows(fragment, {}, pauses=(0, 0)))
+    assert StoreFS.reads == 1
+
+
 def test_broken_utf8_is_replaced(tmp_path: Path) -> None:
     text = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\3\0\0\0\5\0\0\0"), pa.py_buffer(b"a\xffbok"))
     pq.write_table(pa.table({"image": pa.array([b"x", b"y"]), "text": text}), tmp_path / "0.parquet")
@@ -217,3 +501,23 @@ def test_a_corrupt_page_costs_the_rest_of_its_row_group(tmp_path: Path) -> None:
     assert [row.row for row in rows] == list(range(90))
     assert [row.readable for row in rows] == [True] * 30 + [False] * 30 + [True] * 30
     assert "cannot be decoded" in (rows[30].note or "")
+
+
+# --- writing ---
+
+
+def pair(row: int, image: bytes) -> dict[str, Any]:
+    return dict.fromkeys(FILE_SCHEMAS[PAIRS].names) | {"row": row, "image": image}
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+def test_an_abandoned_file_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "0.parquet"
+    writer = ParquetWriter(PAIRS, str(path), {})
+    for row in range(3):
+        writer.append(pair(row, bytes(5 * 2**20)), 5 * 2**20)
+    path.unlink()  # that it is gone already is no error to hear of
+    writer.abandon()
+    del writer
+    gc.collect()
+    assert not path.exists()

@@ -109,6 +109,24 @@ def test_both_decisions_occur(checkpoint: Path, images: Tensor) -> None:
     assert all(0 <= score.itm <= 1 and -1 <= score.itc <= 1 for score in scores)
 
 
+@pytest.mark.parametrize(("texts", "batches"), [(1, [4, 2]), (9, [4] * 13 + [2])])
+def test_an_image_is_seen_once_and_texts_are_judged_together(
+    checkpoint: Path, images: Tensor, texts: int, batches: list[int]
+) -> None:
+    judge = itm_filter(checkpoint, batch_size=4)
+    seen, read = [], []
+    judge._blip.model.vision_model.register_forward_pre_hook(
+        lambda _module, _args, named: seen.append(len(named["pixel_values"])), with_kwargs=True
+    )
+    judge._blip.model.text_encoder.register_forward_pre_hook(
+        lambda _module, _args, named: read.append(len(named["input_ids"])), with_kwargs=True
+    )
+    own = [f"a dog {number}" for number in range(texts)]
+    judge.score(images[:7], [own, own, own, [], own, own, own])
+    assert seen == [4, 2]  # the image without texts is not seen
+    assert read == [size for size in batches for _ in range(2)]  # with the image, and alone
+
+
 def test_nothing_to_judge(checkpoint: Path, images: Tensor) -> None:
     judge = itm_filter(checkpoint)
     assert judge.score(images[:0], []) == []

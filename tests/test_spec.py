@@ -8,7 +8,16 @@ import pytest
 from pydantic import ValidationError
 
 from capfilt.errors import SpecError
-from capfilt.spec import FilterCard, HubCheckpoint, LocalCheckpoint, load_card, load_spec
+from capfilt.spec import (
+    CurateSpec,
+    FilterCard,
+    HubCheckpoint,
+    LocalCheckpoint,
+    Thresholds,
+    load_card,
+    load_spec,
+    output_location,
+)
 
 ROOT = Path(__file__).parent.parent
 CARD = "role: {role}\nname: {role}\ncheckpoint: {{path: ckpt}}\nimage_size: 32\n"
@@ -39,6 +48,62 @@ def test_urls_stay(spec_file: Path) -> None:
     spec = load_spec(spec_file, ["input.paths=[s3://bucket/a, b]", "output=s3://bucket/out"])
     assert spec.input.paths == ("s3://bucket/a", str(spec_file.parent / "b"))
     assert spec.output == "s3://bucket/out"
+
+
+def test_file_urls_are_paths(spec_file: Path, tmp_path: Path) -> None:
+    """Else the output inside an input directory is not recognised as such, and shards have two names."""
+    card = CARD.format(role="filter").replace("path: ckpt", "path: file:///models/f")
+    (tmp_path / "cards" / "filter.yaml").write_text(card)
+    overrides = ["input.paths=['file:///data/../in', 'file://localhost/b', local:///c]", "output=file:///out/"]
+    spec = load_spec(spec_file, [*overrides, f"captioner=file://{tmp_path}/cards/captioner.yaml"])
+    assert spec.input.paths == ("/in", "/b", "/c")
+    assert spec.output == "/out"
+    assert spec.filter.checkpoint == LocalCheckpoint(path="/models/f")
+    assert spec.captioner.checkpoint == LocalCheckpoint(path=str(tmp_path / "cards" / "ckpt"))
+    assert load_spec(spec_file, ["captioner.checkpoint.path=file:///m"]).captioner.checkpoint.path == "/m"  # type: ignore[union-attr]
+
+
+def test_a_card_in_a_home_directory(spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "cards" / "filter.yaml").write_text(CARD.format(role="filter").replace("path: ckpt", "path: ~/f"))
+    spec = load_spec(spec_file, ["captioner=~/cards/captioner.yaml"])
+    assert spec.captioner.name == "captioner"
+    assert spec.filter.checkpoint == LocalCheckpoint(path=str(tmp_path / "f"))
+
+
+@pytest.mark.parametrize("output", ["a%20b", "a%b/c", "s3://bucket/a%2Fb", "file:///a%20b"])
+def test_a_percent_sign_in_the_output_is_refused(spec_file: Path, output: str) -> None:
+    """deltalake would decode it, and write beside what the workers write."""
+    with pytest.raises(SpecError, match="output: no % may be in it"):
+        load_spec(spec_file, [f"output={output}"])
+    with pytest.raises(SpecError, match="no % may be in it"):
+        output_location(output)
+
+
+def test_set_names_a_card_by_path(spec_file: Path, tmp_path: Path) -> None:
+    other = CARD.format(role="captioner").replace("name: captioner", "name: other")
+    (tmp_path / "cards" / "other.yaml").write_text(other + "batch_size: 5\n")
+    named = "captioner=../cards/other.yaml"
+    before = load_spec(spec_file, ["captioner.batch_size=3", named]).captioner
+    after = load_spec(spec_file, [named, "captioner.batch_size=3"]).captioner
+    assert (before.name, before.batch_size) == ("other", 5)
+    assert (after.name, after.batch_size) == ("other", 3)
+    assert after.checkpoint == LocalCheckpoint(path=str(tmp_path / "cards" / "ckpt"))
+    with pytest.raises(SpecError, match=r"gone.yaml: no such file"):
+        load_spec(spec_file, ["filter=gone.yaml"])
+    (tmp_path / "cards" / "captioner.yaml").unlink()
+    assert load_spec(spec_file, [named]).captioner.name == "other"  # the spec's own is not needed
+
+
+def test_a_threshold_not_given_is_the_cards(spec_file: Path, tmp_path: Path) -> None:
+    with (tmp_path / "cards" / "filter.yaml").open("a") as card:
+        card.write("thresholds: {web: 0.6, synthetic: 0.7}\n")
+    assert load_spec(spec_file).effective_thresholds == Thresholds(web=0.6, synthetic=0.7)
+    web = load_spec(spec_file, ["thresholds.web=0.9"])
+    assert web.effective_thresholds == Thresholds(web=0.9, synthetic=0.7)
+    both = load_spec(spec_file, ["thresholds={web: 0, synthetic: null}"])
+    assert both.effective_thresholds == Thresholds(web=0, synthetic=0.7)
+    assert CurateSpec.model_validate(web.model_dump(mode="json")) == web
 
 
 def test_set_reaches_into_cards_and_reads_yaml(spec_file: Path) -> None:

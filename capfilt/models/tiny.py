@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import string
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,7 @@ def write_tiny_pair(directory: Path, seed: int = 0) -> tuple[Path, Path]:
     and depend on the image, and match probabilities fall on both sides of 0.5; what they say of an image means nothing.
 
     Args:
-        directory: made if missing; files in it are overwritten.
+        directory: made if missing. `captioner` and `filter` in it are replaced, each appearing whole.
         seed: the same seed writes the same bytes, on one version of torch.
 
     Returns:
@@ -61,18 +63,22 @@ def write_tiny_pair(directory: Path, seed: int = 0) -> tuple[Path, Path]:
     """
     vocabulary = _vocabulary()
     config = _config(vocabulary)
-    pair: list[Path] = []
-    for role, network in (("captioner", BlipForConditionalGeneration), ("filter", BlipForImageTextRetrieval)):
-        path = directory / role
-        path.mkdir(parents=True, exist_ok=True)
-        with quiet(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = network(config)
-            _fill(model, torch.Generator().manual_seed(seed * 2 + len(pair)), vocabulary)
-            model.save_pretrained(path)
-        _write_processor(path, vocabulary)
-        pair.append(path)
-    return pair[0], pair[1]
+    networks = {"captioner": BlipForConditionalGeneration, "filter": BlipForImageTextRetrieval}
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as scratch:
+        for number, (role, network) in enumerate(networks.items()):
+            staged = Path(scratch) / role
+            with quiet(), torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                model = network(config)
+                _fill(model, torch.Generator().manual_seed(seed * 2 + number), vocabulary)
+                model.save_pretrained(staged)
+            _write_processor(staged, vocabulary)
+        for role in networks:
+            if (directory / role).exists():
+                shutil.rmtree(directory / role)
+            (Path(scratch) / role).rename(directory / role)
+    return directory / "captioner", directory / "filter"
 
 
 def _vocabulary() -> dict[str, int]:

@@ -23,6 +23,16 @@ class Attempts:
 
     def __init__(self) -> None:
         self._work: dict[str, _Work] = {}
+        self._loads = 0
+
+    def load_begins(self) -> int:
+        """A worker begins to load the models; how many began since one last succeeded, this one included."""
+        self._loads += 1
+        return self._loads
+
+    def load_ended(self) -> None:
+        """A worker has loaded the models."""
+        self._loads = 0
 
     def state(self, name: str) -> tuple[int, bytes | None]:
         """How often `name` was begun without an end, and its result if it has ended."""

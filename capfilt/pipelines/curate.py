@@ -17,19 +17,19 @@ import socket
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.console import Console
 
-from capfilt.dataset import Counts, CuratedDataset, ShardCommit
+from capfilt.dataset import Counts, CuratedDataset, ShardCommit, ShardState
 from capfilt.errors import CapfiltError, ConflictError, ErrorBudgetError, InputError
 from capfilt.fingerprints import Fingerprints, run_fingerprints
-from capfilt.fragments import Fragment, InputFile, cut, read_footer
+from capfilt.fragments import Footer, Fragment, InputFile, Layout, cut, read_footer
 from capfilt.pipelines.progress import Display
 from capfilt.pipelines.worker import Job, LoadModels, Worker, load_models
 from capfilt.plan import Plan, make_plan
@@ -57,9 +57,11 @@ class Summary:
 
     Attributes:
         counts: rows of the shards this run committed.
-        reasons: rows by reason; texts by source and reason.
+        reasons: rows by reason, and texts by source and reason, of those shards.
         seconds: by stage, over all workers.
         failures: input files that could not be curated, each with what was wrong.
+        gone: committed shards that are no longer among the inputs.
+        outcome: `done`, or the error that ended the run.
         versions: of the tables after the run.
         elapsed: seconds.
     """
@@ -74,6 +76,8 @@ class Summary:
     reasons: Counter[str] = field(default_factory=Counter)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     failures: dict[str, str] = field(default_factory=dict)
+    gone: int = 0
+    outcome: str = "running"
     versions: dict[str, int] = field(default_factory=dict)
     elapsed: float = 0.0
 
@@ -84,6 +88,7 @@ def curate(
     load: LoadModels = load_models,
     execute: Execute | None = None,
     console: Console | None = None,
+    report: Callable[[Summary], None] | None = None,
 ) -> Summary:
     """Run CapFilt over what is not yet curated, and commit it.
 
@@ -91,6 +96,7 @@ def curate(
         load: makes the models in each worker; other models than a card's come in here.
         execute: how fragments run; on Ray unless given (`in_process` needs no Ray).
         console: where progress is shown; standard error unless given.
+        report: called with the summary once, at the end, however the run ends.
 
     Raises:
         ConflictError: another driver committed to the output.
@@ -103,19 +109,28 @@ def curate(
     dataset = CuratedDataset.for_writing(spec.output, spec.output_options)
     plan = make_plan(spec, fingerprints, dataset.committed())
     run = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
-    summary = Summary(run, spec.output, fingerprints, skipped=len(plan.done))
-    if plan.todo or unfinished(spec.output, spec.output_options):
-        dataset.register(run, _record(spec, fingerprints, plan))
-        job = Job(spec, fingerprints, run)
-        console = console or Console(stderr=True)
-        with Display(console, spec.placement.max_actors) as display:
-            if plan.todo:
-                _Driver(job, dataset, plan, display, summary).run(execute or on_ray, load)
-            dataset.vacuum()
-            discard(spec.output, spec.output_options)
+    summary = Summary(run, spec.output, fingerprints, skipped=len(plan.done), gone=len(plan.gone))
+    work = bool(plan.todo) or unfinished(spec.output, spec.output_options)
+    try:
+        if work:
+            dataset.register(run, _record(spec, fingerprints, plan))
+            job = Job(spec, fingerprints, run)
+            with Display(console or Console(stderr=True), spec.placement.max_actors) as display:
+                if plan.todo:
+                    _Driver(job, dataset, plan, display, summary).run(execute or on_ray, load)
+                dataset.vacuum()
+                discard(spec.output, spec.output_options)
+        summary.outcome = "done"
+    except BaseException as error:
+        summary.outcome = f"{type(error).__name__}: {error}"
+        raise
+    finally:
         summary.elapsed = time.monotonic() - begin
         summary.versions = dataset.versions()
-        dataset.write_run_file(run, "summary.json", _as_json(summary))
+        if work:
+            dataset.write_run_file(run, "summary.json", _as_json(summary))
+        if report:
+            report(summary)
     return summary
 
 
@@ -130,8 +145,15 @@ def _record(spec: CurateSpec, fingerprints: Fingerprints, plan: Plan) -> dict[st
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "python": platform.python_version(),
-        "packages": {name: version(name) for name in packages},
+        "packages": {name: _version(name) for name in packages},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # shipped to the cluster as a folder
+        return "not installed"
 
 
 def _as_json(summary: Summary) -> dict[str, Any]:
@@ -163,30 +185,37 @@ class _Driver:
     def __init__(self, job: Job, dataset: CuratedDataset, plan: Plan, display: Display, summary: Summary) -> None:
         self.job, self.dataset, self.plan, self.display, self.summary = job, dataset, plan, display, summary
         self._receipts: dict[str, list[Receipt]] = {}  # of shards not yet complete
-        self._ready: list[ShardCommit] = []
-        self._held: list[ShardCommit] = []  # over the budget by themselves; committed if the run as a whole is not
+        self._ready: list[_Complete] = []
+        self._held: list[_Complete] = []  # over the budget by themselves; committed if the run as a whole is not
+        self._layouts: dict[str, tuple[InputFile, Layout]] = {}
         self._paths = {file.shard: file.path for file, _ in plan.todo}
-        self._failed_rows: dict[str, int | None] = {}  # by path; None where the file does not say
-        self._seen = Counts()
-        self._file_rows: dict[str, int] = {}
+        self._retry: list[Fragment] | None = []  # failed once; None when a failure is final
+        self._closed = dataset.closed_runs()
+        self._budget = _Budget(job.spec.max_error_fraction, dataset.committed(), plan, self._closed)
         self._last_commit = time.monotonic()
         self._commit_took = 0.0
 
     def run(self, execute: Execute, load: LoadModels) -> None:
         """Curate everything in the plan; on any error, first commit what is finished."""
-        try:
-            with closing(execute(self.job, self._fragments(), load)) as finished:
+        self._round(execute, self._fragments(), load)
+        failed, self._retry = self._retry or [], None
+        if failed:  # most likely the store's passing trouble: once more, when all else is done
+            self._round(execute, iter(failed), load)
+        self._finish()
+
+    def _round(self, execute: Execute, fragments: Iterator[Fragment], load: LoadModels) -> None:
+        with closing(execute(self.job, fragments, load)) as finished:
+            try:
                 for receipts in finished:
                     for receipt in receipts:
                         self._take(receipt)
                     self._commit_when_due()
                     self._stop_if_sick()
-            self._finish()
-        except ConflictError:
-            raise
-        except BaseException:
-            self._commit()
-            raise
+            except ConflictError:
+                raise
+            except BaseException:
+                self._commit()
+                raise
 
     # --- work ---
 
@@ -194,91 +223,72 @@ class _Driver:
         """Fragments of the plan, less what earlier runs finished, as footers are read."""
         spec = self.job.spec
         wanted = {file.shard: self.job.provenance(file.input_id) for file, _ in self.plan.todo}
-        adopted = adopt(spec.output, spec.output_options, wanted, self.dataset.closed_runs())
+        adopted = adopt(spec.output, spec.output_options, wanted, self._closed)
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
             for chunk in _chunks((file for file, _ in self.plan.todo), 4 * _FOOTER_THREADS):
-                for file, work in zip(chunk, pool.map(self._cut, chunk), strict=True):
-                    if isinstance(work, InputError):
-                        self._fail(file.path, str(work), None)
+                for file, footer in zip(chunk, pool.map(self._footer, chunk), strict=True):
+                    if isinstance(footer, InputError):
+                        self._fail(file.shard, str(footer))
                         continue
-                    rows, fragments = work
-                    self._file_rows[file.shard] = rows
-                    self._expect()
-                    yield from self._to_do(fragments, adopted.get(file.shard, []), rows)
+                    self._layouts[file.shard] = (file, footer.layout)
+                    self._budget.file_has(footer.rows)
+                    self.display.expect(self._budget.all_rows)
+                    yield from self._to_do(file, footer, adopted.get(file.shard, []))
 
-    def _cut(self, file: InputFile) -> tuple[int, Callable[[int, int], list[Fragment]]] | InputError:
-        spec = self.job.spec
+    def _footer(self, file: InputFile) -> Footer | InputError:
         try:
-            footer = read_footer(file, spec.input.columns, spec.input.storage_options)
+            return read_footer(file, self.job.spec.input.columns, self.job.spec.input.storage_options)
         except InputError as error:
             return error
 
-        def fragments(start: int, stop: int) -> list[Fragment]:
-            ranges = cut(footer.row_groups, spec.fragment_rows, start, stop)
-            return [Fragment(file, footer.layout, a, b, footer.rows) for a, b in ranges]
-
-        return footer.rows, fragments
-
-    def _to_do(
-        self, fragments: Callable[[int, int], list[Fragment]], adopted: list[Receipt], rows: int
-    ) -> Iterator[Fragment]:
-        if any(receipt.file_rows != rows for receipt in adopted):
+    def _to_do(self, file: InputFile, footer: Footer, adopted: list[Receipt]) -> Iterator[Fragment]:
+        if any(receipt.file_rows != footer.rows for receipt in adopted):
             adopted = []
         for receipt in adopted:
             self.summary.adopted_rows += receipt.rows
             self._take(receipt)
-        if rows == 0 and not adopted:
-            yield from fragments(0, 0)
-        for start, stop in gaps(adopted, rows):
-            yield from fragments(start, stop)
-
-    def _expect(self) -> None:
-        known = sum(self._file_rows.values())
-        unknown = len(self.plan.todo) - len(self._file_rows) - len(self._failed_rows)
-        self.display.expect(known + unknown * (known // max(1, len(self._file_rows))))
+        ranges = gaps(adopted, footer.rows) if footer.rows or adopted else [(0, 0)]
+        for start, stop in ranges:
+            for a, b in cut(footer.row_groups, self.job.spec.fragment_rows, start, stop):
+                yield Fragment(file, footer.layout, a, b, footer.rows)
 
     # --- receipts ---
 
     def _take(self, receipt: Receipt) -> None:
         if receipt.failure is not None:
-            self._fail(self._paths[receipt.shard], receipt.failure, receipt.file_rows)
+            file, layout = self._layouts[receipt.shard]
+            if self._retry is None:
+                self._fail(receipt.shard, receipt.failure)
+            else:
+                self._retry.append(Fragment(file, layout, receipt.start, receipt.stop, receipt.file_rows))
             return
-        self._seen += receipt.counts
-        self.summary.reasons.update(receipt.reasons)
+        self._budget.saw(receipt)
         for stage, spent in receipt.seconds.items():
             self.summary.seconds[stage] += spent
         self.display.update(receipt)
         receipts = self._receipts.setdefault(receipt.shard, [])
         receipts.append(receipt)
         if sum(r.rows for r in receipts) == receipt.file_rows:
-            shard = shard_commit(self._receipts.pop(receipt.shard))
-            over = shard.counts.errors > self.job.spec.max_error_fraction * shard.rows
-            (self._held if over else self._ready).append(shard)
+            complete = _Complete(shard_commit(receipts), sum((Counter(r.reasons) for r in receipts), Counter()))
+            del self._receipts[receipt.shard]
+            over = complete.shard.counts.errors > self.job.spec.max_error_fraction * complete.shard.rows
+            (self._held if over else self._ready).append(complete)
 
-    def _fail(self, path: str, message: str, rows: int | None) -> None:
-        self.summary.failures[path] = message
-        self._failed_rows[path] = rows
+    def _fail(self, shard: str, message: str) -> None:
+        """A file that cannot be curated; once, however many of its fragments fail."""
+        if self._paths[shard] not in self.summary.failures:
+            self.summary.failures[self._paths[shard]] = message
+            self._budget.lost_a_file(self._receipts.pop(shard, []))
 
     # --- the error budget ---
 
-    def _errors(self) -> tuple[int, int]:
-        """(error rows, rows) seen; an unreadable file counts as many rows as others have on average, at least one."""
-        mean = sum(self._file_rows.values()) // max(1, len(self._file_rows))
-        lost = sum(max(1, mean) if rows is None else rows for rows in self._failed_rows.values())
-        return self._seen.errors + lost, self._seen.rows + lost
-
     def _stop_if_sick(self) -> None:
-        errors, rows = self._errors()
-        basis = max(rows, min(BUDGET_ROWS, sum(self._file_rows.values())))
-        if errors > self.job.spec.max_error_fraction * basis:
-            raise self._sick(errors, rows)
+        if self._budget.sure_to_be_over():
+            raise self._sick()
 
-    def _sick(self, errors: int, rows: int) -> ErrorBudgetError:
-        common = [f"{reason} {count:,}" for reason, count in self.summary.reasons.most_common() if ":" not in reason]
+    def _sick(self) -> ErrorBudgetError:
         return ErrorBudgetError(
-            f"{errors:,} of {rows:,} rows are errors, {errors / max(1, rows):.1%}: over max_error_fraction = "
-            f"{self.job.spec.max_error_fraction:.1%}. Rows: {', '.join(common)}. "
-            f"Input files that failed: {len(self.summary.failures)}{_examples(self.summary.failures)}. "
+            f"{self._budget} Input files that failed: {len(self.summary.failures)}{_examples(self.summary.failures)}. "
             "Good shards are committed; mend the input or raise max_error_fraction, and run again to resume"
         )
 
@@ -291,24 +301,103 @@ class _Driver:
 
     def _commit(self) -> None:
         begin = time.monotonic()
-        shards, self._ready = self._ready, []
-        if shards:
-            self.dataset.commit(shards)
-            self.summary.shards += len(shards)
-            self.summary.counts = sum((shard.counts for shard in shards), self.summary.counts)
+        complete, self._ready = self._ready, []
+        if complete:
+            self.dataset.commit([one.shard for one in complete])
+            self.summary.shards += len(complete)
+            for one in complete:
+                self.summary.counts += one.shard.counts
+                self.summary.reasons.update(one.reasons)
         self._last_commit = time.monotonic()
         self._commit_took = self._last_commit - begin
 
     def _finish(self) -> None:
         self._commit()
-        errors, rows = self._errors()
-        if errors > self.job.spec.max_error_fraction * rows:
-            raise self._sick(errors, rows)
+        if self._budget.over():
+            raise self._sick()
         self._ready, self._held = self._held, []
         self._commit()
-        incomplete = [self._paths[shard] for shard in self._receipts if self._paths[shard] not in self._failed_rows]
-        if incomplete:
-            raise CapfiltError(f"{len(incomplete)} shards are incomplete though every fragment ended: {incomplete[:3]}")
+        if self._receipts:
+            paths = [self._paths[shard] for shard in itertools.islice(self._receipts, 3)]
+            raise CapfiltError(f"{len(self._receipts)} shards are incomplete though every fragment ended: {paths}")
+
+
+@dataclass(frozen=True)
+class _Complete:
+    """A shard whose rows are all accounted for."""
+
+    shard: ShardCommit
+    reasons: Counter[str]
+
+
+class _Budget:
+    """Errors against `max_error_fraction`: the same verdict however often the work was interrupted.
+
+    Rows in error count against the rows of this run and of those that it resumes (runs no vacuum has closed). Files
+    that cannot be read count against all inputs, each as many rows as the others have on average: one that stays
+    broken night after night does not make a night without other work a failure.
+    """
+
+    def __init__(
+        self, fraction: float, committed: Mapping[str, ShardState], plan: Plan, closed: Container[str]
+    ) -> None:
+        done = [committed[shard] for shard in plan.done]
+        resumed = [state.counts for state in done if state.provenance.run not in closed]
+        self._fraction = fraction
+        self._seen = sum(resumed, Counts())
+        self._resumed_rows = self._seen.rows
+        self._done_files, self._done_rows = len(done), sum(state.rows for state in done)
+        self._todo_files, self._known_files, self._known_rows = len(plan.todo), 0, 0
+        self._lost_files = 0
+        self._reasons: Counter[str] = Counter()
+
+    def file_has(self, rows: int) -> None:
+        """A footer was read."""
+        self._known_files += 1
+        self._known_rows += rows
+
+    def saw(self, receipt: Receipt) -> None:
+        """A fragment is finished."""
+        self._seen += receipt.counts
+        self._reasons.update(receipt.reasons)
+
+    def lost_a_file(self, receipts: Iterable[Receipt]) -> None:
+        """A file cannot be curated; what was seen of it does not count."""
+        self._lost_files += 1
+        for receipt in receipts:
+            self._seen += Counts(-receipt.counts.kept, -receipt.counts.dropped, -receipt.counts.errors)
+            self._reasons.subtract(receipt.reasons)
+
+    @property
+    def _mean_rows(self) -> int:
+        return max(1, (self._done_rows + self._known_rows) // max(1, self._done_files + self._known_files))
+
+    @property
+    def all_rows(self) -> int:
+        """Rows this run is known, or expected by the mean file, to have."""
+        return self._known_rows + (self._todo_files - self._known_files) * self._mean_rows
+
+    def over(self) -> bool:
+        """Whether what was seen is over the budget."""
+        return self._over(self._seen.rows)
+
+    def sure_to_be_over(self) -> bool:
+        """Whether the run may stop now: over the budget of BUDGET_ROWS rows, or of all if it has fewer."""
+        return self._over(max(self._seen.rows, min(BUDGET_ROWS, self._resumed_rows + self.all_rows)))
+
+    def _over(self, rows: int) -> bool:
+        inputs = max(1, self._done_rows + self.all_rows)
+        lost = self._lost_files * self._mean_rows > self._fraction * inputs
+        return lost or self._seen.errors > self._fraction * rows
+
+    def __str__(self) -> str:
+        errors, rows = self._seen.errors, self._seen.rows
+        common = [f"{reason} {count:,}" for reason, count in self._reasons.most_common() if ":" not in reason and count]
+        return (
+            f"{errors:,} of {rows:,} rows are errors, {errors / max(1, rows):.1%}, and {self._lost_files:,} of "
+            f"{self._todo_files:,} files are unreadable: over max_error_fraction = {self._fraction:.1%}. "
+            f"Rows: {', '.join(common) or 'none'}."
+        )
 
 
 def _examples(failures: Mapping[str, str]) -> str:
@@ -353,12 +442,18 @@ def _ray(spec: CurateSpec) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     local = spec.ray.address == "local"
     try:
-        ray.init(
-            address=spec.ray.address,
-            log_to_driver=False,
-            logging_level="ERROR",
-            **({"num_cpus": spec.ray.num_cpus, "include_dashboard": False} if local else {}),
-        )
+        try:
+            ray.init(
+                address=spec.ray.address,
+                log_to_driver=False,
+                logging_level="ERROR",
+                **({"num_cpus": spec.ray.num_cpus, "include_dashboard": False} if local else {}),
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise CapfiltError(
+                f"ray.address {spec.ray.address}: no Ray there ({error}). Start one (`ray start --head`), or set "
+                "ray.address=local"
+            ) from error
         yield
     finally:
         ray.shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import traceback
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import ray
 
 from capfilt.fragments import Fragment
 from capfilt.pipelines.attempts import Attempts
-from capfilt.pipelines.worker import Job, LoadModels, Worker
+from capfilt.pipelines.worker import DeviceLostError, Job, LoadModels, Worker
 from capfilt.receipts import Receipt
 
 
@@ -21,6 +22,15 @@ class RemoteAttempts(Attempts):
 
     def __init__(self, actor: Any) -> None:
         self._actor = actor
+
+    def load_begins(self) -> int:
+        """See Attempts."""
+        answer: int = ray.get(self._actor.load_begins.remote())
+        return answer
+
+    def load_ended(self) -> None:
+        """See Attempts."""
+        ray.get(self._actor.load_ended.remote())
 
     def state(self, name: str) -> tuple[int, bytes | None]:
         """See Attempts."""
@@ -70,6 +80,10 @@ class RayWorker:
         fragment: Fragment = pickle.loads(pickled)
         try:
             result: list[Receipt] | Failure = self._worker.process(fragment)
+        except DeviceLostError:
+            # Nothing works in this process any more. It dies as by a signal: Ray starts another, and the ledger of
+            # attempts finds the row, if it is a row's doing.
+            os._exit(1)
         except Exception as error:  # noqa: BLE001 - the driver raises it
             message = f"{fragment.name}: {type(error).__name__}: {error}"
             result = Failure(message, traceback.format_exc())

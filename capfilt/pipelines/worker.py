@@ -29,8 +29,8 @@ from pydantic import TypeAdapter
 
 from capfilt.dataset import DIRECTORIES, Counts, DataFile, Provenance
 from capfilt.decide import Text, best_text, decide, row_outcome
-from capfilt.errors import CapfiltError, ImageError, InputError
-from capfilt.fingerprints import Fingerprints
+from capfilt.errors import CapfiltError, CheckpointError, ImageError, InputError
+from capfilt.fingerprints import Fingerprints, run_fingerprints
 from capfilt.fragments import Fragment, ParquetWriter, Row, read_rows
 from capfilt.images import decode
 from capfilt.models.preprocess import resize
@@ -45,6 +45,9 @@ DEATHS_BEFORE_SPLIT = 2
 
 PARTS = 16
 """Into so many parts, each again, until a row stands alone: 1,000 rows take three levels."""
+
+LOAD_DEATHS = 3
+"""Deaths in a row while loading the models, beyond as many loads as there may be actors, that end the run."""
 
 LOST_ROWS_LIMIT = 8
 """Rows of one fragment isolated one by one; beyond, a part that dies is recorded whole: the file is hostile."""
@@ -94,6 +97,16 @@ def load_models(spec: CurateSpec, device: str) -> tuple[Captioner, Filter]:
     from capfilt.models.itm import ItmFilter
 
     return BlipCaptioner(spec.captioner, spec.sampling, device), ItmFilter(spec.filter, device)
+
+
+class DeviceLostError(CapfiltError):
+    """The accelerator gave an error after which nothing in this process can use it; no row is to blame yet."""
+
+
+def _device_is_lost(error: Exception) -> bool:
+    """A CUDA error sticks to its process, out of memory excepted; every later call fails, whatever the row."""
+    lost = isinstance(error, torch.AcceleratorError) or "CUDA error" in str(error)
+    return lost and not isinstance(error, torch.OutOfMemoryError)
 
 
 @dataclass(frozen=True)
@@ -242,15 +255,30 @@ class Worker:
         """Both models, loaded on first use."""
         with self._load_lock:
             if self._models is None:
-                device = "cuda" if self.job.spec.placement.gpus > 0 else "cpu"
-                if device == "cuda" and not torch.cuda.is_available():
-                    raise CapfiltError(
-                        "placement.gpus is above 0 but this worker sees no CUDA device; install a CUDA build of torch, "
-                        "or set captioner.placement.gpus=0 and filter.placement.gpus=0"
-                    )
-                torch.set_num_threads(self._threads)
-                self._models = self._load(self.job.spec, device)
+                self._models = self._load_models()
         return self._models
+
+    def _load_models(self) -> tuple[Captioner, Filter]:
+        spec = self.job.spec
+        device = "cuda" if spec.placement.gpus > 0 else "cpu"
+        if device == "cuda" and not torch.cuda.is_available():
+            raise CapfiltError(
+                "placement.gpus is above 0 but this worker sees no CUDA device; install a CUDA build of torch, or set "
+                "captioner.placement.gpus=0 and filter.placement.gpus=0"
+            )
+        if self._load is load_models and run_fingerprints(spec) != self.job.fingerprints:
+            raise CheckpointError(
+                f"{socket.gethostname()}: the checkpoints here are not those the driver has; copy them to every node"
+            )
+        if self.attempts.load_begins() > spec.placement.max_actors + LOAD_DEATHS:
+            raise CapfiltError(
+                f"workers died {LOAD_DEATHS} times or more while loading the models, most likely for want of memory: "
+                "use machines with more, fewer actors on each (placement.cpus, placement.gpus), or smaller models"
+            )
+        torch.set_num_threads(self._threads)
+        models = self._load(spec, device)
+        self.attempts.load_ended()
+        return models
 
     def curate(self, fragment: Fragment) -> Receipt:
         """Curate one fragment: every row gets its status, in order.
@@ -336,7 +364,9 @@ class Worker:
             return
         try:
             self._caption_and_score(items)
-        except Exception as error:  # noqa: BLE001 - recorded as the row's own error, once it is alone
+        except Exception as error:  # recorded as the row's own error, once it is alone
+            if _device_is_lost(error):
+                raise DeviceLostError(f"the device failed: {error}") from error
             if len(items) == 1:
                 items[0].texts = items[0].texts[:1]
                 items[0].fail(Reason.MODEL_ERROR, f"{type(error).__name__}: {' '.join(str(error).split())}")
@@ -453,7 +483,14 @@ class _Output:
         }
         size = 300 + sum(len(text.text or "") for text in item.texts)
         self._writer(ANNOTATIONS).append(
-            {**identity, **picture, "image_bytes": None if image is None else len(image), **outcome, **self._constant},
+            {
+                **identity,
+                **picture,
+                "image_bytes": None if image is None else len(image),
+                "source_sha256": row.sha256,
+                **outcome,
+                **self._constant,
+            },
             size,
         )
         if item.status is Status.KEPT and image is not None:
@@ -475,7 +512,11 @@ class _Output:
         fragment = self.fragment
         if sum(self.counts.values()) != fragment.rows:
             raise InputError(f"{fragment.file.path}: {sum(self.counts.values())} rows read of {fragment.rows}")
-        files = {table: (DataFile(self._path, writer.rows, writer.close()),) for table, writer in self._writers.items()}
+        errors = {ANNOTATIONS: self.counts[Status.ERROR]}
+        files = {
+            table: (DataFile(self._path, writer.rows, writer.close(), errors.get(table, 0)),)
+            for table, writer in self._writers.items()
+        }
         receipt = Receipt(
             shard=fragment.file.shard,
             start=fragment.start,
