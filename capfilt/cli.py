@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from capfilt.errors import CapfiltError, CheckpointError, InputError, RunInterruptedError
+from capfilt.errors import CapfiltError, CheckpointError, ErrorBudgetError, InputError, RunInterruptedError
 from capfilt.spec import CurateSpec, HubCheckpoint, LocalCheckpoint, load_spec, output_location
 
 if TYPE_CHECKING:
@@ -58,14 +58,16 @@ def run(spec: SpecFile, overrides: Overrides = None) -> None:
 def _run(spec: CurateSpec) -> Summary:
     from capfilt.pipelines.curate import curate
 
+    summaries: list[Summary] = []
     try:
         with _native_noise_in_a_file() as console:
-            summary = curate(spec, console=console)
+            return curate(spec, console=console, report=summaries.append)
     except KeyboardInterrupt:
         message = "interrupted; what was finished is kept. Run the same command again to resume"
         raise RunInterruptedError(message) from None
-    _print_summary(summary)
-    return summary
+    finally:
+        for summary in summaries:
+            _print_summary(summary)
 
 
 @contextmanager
@@ -83,7 +85,7 @@ def _native_noise_in_a_file() -> Iterator[Console]:
         with os.fdopen(os.dup(real), "w") as stream:
             yield Console(file=stream, soft_wrap=True)
         done = True
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, ErrorBudgetError):  # Ray had no part in these
         done = True
         raise
     finally:
@@ -243,6 +245,8 @@ def _printable(text: str) -> str:
 
 
 def _print_summary(summary: Summary) -> None:
+    if summary.outcome != "done" and not summary.shards and not summary.failures:
+        return
     if not summary.shards and not summary.failures:
         done = f"{summary.skipped:,} shards are up to date in {summary.output}"
         _say(f"nothing to do: {done if summary.skipped else _NO_INPUT.format(output=summary.output)}")
@@ -268,6 +272,8 @@ def _print_summary(summary: Summary) -> None:
         _say(f"{summary.adopted_rows:,} rows were taken over from an interrupted run")
     for message in summary.failures.values():
         _say(f"not curated: {message}")
+    if summary.gone:
+        _say(f"{summary.gone:,} shards are no longer among the inputs; their rows stay in the dataset")
     spent = sorted(summary.seconds.items(), key=lambda item: -item[1])
     stages = ", ".join(f"{name} {time:,.1f} s" for name, time in spent)
     if stages:

@@ -97,7 +97,7 @@ ANNOTATION_FILE_SCHEMA = pa.schema(
         *_IDENTITY,
         *_PICTURE,
         pa.field("image_bytes", pa.int64()),  # encoded size, null without an image
-        pa.field("source_sha256", pa.string()),  # what the input says of it; img2dataset: of the download, not the image
+        pa.field("source_sha256", pa.string()),  # what the input says (img2dataset: of the download)
         pa.field("status", pa.string()),  # Status
         pa.field("reason", pa.string()),  # Reason, null where kept
         pa.field("detail", pa.string()),  # of an error, one line for a person; null unless an error

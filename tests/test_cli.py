@@ -187,6 +187,7 @@ def test_a_sick_run_exits_3(spec: Path) -> None:
     done = capfilt("run", spec)
     assert done.returncode == 3, done.stderr
     assert "max_error_fraction" in done.stderr
+    assert "in 2 shards" in done.stdout  # what was good, before the error
     assert "Traceback" not in done.stderr
 
 

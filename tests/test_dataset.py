@@ -222,7 +222,10 @@ BROKEN: dict[str, tuple[Callable[[ShardCommit], ShardCommit], str]] = {
     "a row miscounted": (lambda s: replace(s, counts=Counts(2, 2, 1)), "5 counted"),
     "a pair lost": (lambda s: replace(s, pairs=()), "2 rows kept, 0 rows in pairs"),
     "an error miscounted": (lambda s: replace(s, counts=Counts(2, 2, 0)), "0 rows are errors, 1 annotated as such"),
-    "too much in quarantine": (lambda s: replace(s, quarantine=2 * s.quarantine), "1 rows are errors, 2 rows in quarant"),
+    "too much in quarantine": (
+        lambda s: replace(s, quarantine=2 * s.quarantine),
+        "1 rows are errors, 2 rows in quarant",
+    ),
     "no annotations": (lambda s: replace(s, rows=0, counts=Counts(), annotations=(), pairs=()), "no annotations file"),
     "another shard's file": (
         lambda s: replace(s, quarantine=(replace(s.quarantine[0], path="shard=b/0-1-r-0.parquet"),)),
