@@ -127,7 +127,7 @@ def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:
     commit_all(dataset, shards, args.batch, "committing", result)
 
     def list_inputs() -> list[str]:
-        # capfilt.fragments.list_inputs takes a spec; what it pays for is this listing.
+        # capfilt.inputs.list_inputs takes a spec; what it pays for is this listing.
         return list(fsspec.filesystem("file").find(str(root / "in"), detail=True))
 
     with result.seconds("listing the inputs alone"):

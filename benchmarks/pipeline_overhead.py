@@ -76,8 +76,8 @@ def photographs() -> list[bytes]:
         long, ratio = rng.uniform(0.7, 1.0), rng.uniform(0.66, 1.0)
         size = np.array([min(photo.size) * long, min(photo.size) * long * ratio])[:: rng.choice([1, -1])]
         x, y = rng.uniform(0, np.array(photo.size) - size)
-        target = tuple(int(side) for side in np.rint(size * (512 / size.max())))
-        crop = photo.resize(target, Image.Resampling.BICUBIC, (x, y, x + size[0], y + size[1]))
+        width, height = (int(side) for side in np.rint(size * (512 / size.max())))
+        crop = photo.resize((width, height), Image.Resampling.BICUBIC, (x, y, x + size[0], y + size[1]))
         if rng.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         buffer = io.BytesIO()
@@ -282,7 +282,7 @@ def overhead(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 
     def ratio(field: str) -> float:
         pairs = zip(runs["ours"], runs["bare"], strict=True)
-        return round(statistics.median(ours[field] / bare[field] for ours, bare in pairs), 3)
+        return round(float(statistics.median(ours[field] / bare[field] for ours, bare in pairs)), 3)
 
     ratios = {field: ratio(field) for field in ("whole_images_per_s", "steady_images_per_s", "cpu_ms_per_image")}
     print(f"  ours / bare: {ratios}; target {TARGET} x the images/s")

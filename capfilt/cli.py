@@ -103,7 +103,8 @@ def _native_noise_in_a_file() -> Iterator[Console]:
 def check(spec: SpecFile, overrides: Overrides = None) -> None:
     """Validate a spec: its fields, inputs, columns and checkpoints. Runs nothing, writes nothing."""
     from capfilt.fingerprints import run_fingerprints
-    from capfilt.fragments import list_inputs, read_footer
+    from capfilt.fragments import read_footer
+    from capfilt.inputs import list_inputs
 
     loaded = load_spec(spec, overrides or ())
     files = list_inputs(loaded.input, exclude=loaded.output)
@@ -205,7 +206,8 @@ def demo(
 ) -> None:
     """Render a small noisy web, make a pair of tiny random checkpoints, and curate the one with the other."""
     from capfilt.dataset import CuratedDataset
-    from capfilt.fragments import list_inputs, read_footer
+    from capfilt.fragments import read_footer
+    from capfilt.inputs import list_inputs
     from capfilt.toyweb import render
 
     loaded = load_spec(spec)

@@ -1,4 +1,4 @@
-"""List inputs, read fragments, write Parquet: the one module that touches the inputs' storage, on any fsspec URL.
+"""What a Parquet input holds, how it is cut into fragments, and reading them.
 
 A fragment is a run of rows of one input file, the unit of work and of what a crash can cost. It follows row groups
 where they are small and slices those that are large, without reading the whole file.
@@ -6,29 +6,19 @@ where they are small and slices those that are large, without reading the whole 
 
 from __future__ import annotations
 
-import contextlib
-import datetime
-import glob
-import hashlib
 import itertools
-import os
-import posixpath
-import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from fsspec.implementations.local import LocalFileSystem
 
 from capfilt.errors import InputError
-from capfilt.schema import FILE_SCHEMAS
-from capfilt.spec import Columns, Input
+from capfilt.inputs import STORE_PAUSES, InputFile, Opened, current_identity, one_line
+from capfilt.spec import Columns
 
 IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "image_bytes", "bytes")
 TEXT_COLUMNS = ("caption", "text", "txt", "TEXT", "alt_text")
@@ -39,33 +29,6 @@ ERROR_COLUMNS = ("error_message",)
 SHA256_COLUMNS = ("sha256",)
 
 _REREADS = 3  # a page that fails to decode so many times in a row is corrupt, not unlucky
-_STORE_PAUSES = (0.5, 2.0)  # seconds before a store that failed is tried again; the stores' clients retry too
-_REMOTE_BUFFER = 8 * 2**20
-_TAIL = 64 * 2**10
-
-_CONTENT_TAGS = ("ETag", "etag", "md5Hash", "Content-MD5", "blob_id", "sha", "generation", "version_id")
-_TIME_STAMPS = (
-    *("mtime", "LastModified", "last_modified", "Last-Modified", "updated", "modified", "modify", "modificationTime"),
-    "created",
-)
-
-
-@dataclass(frozen=True, slots=True)
-class InputFile:
-    """One input file, and so one shard.
-
-    Attributes:
-        path: absolute local path or URL.
-        shard: name of the shard: the file's stem and a hash of `path`, of [A-Za-z0-9._-]; unique among inputs.
-        input_id: content identity from the listing: the store's ETag or other content tag where it has one, else size
-            and modification time (of a symlink's target), else size and a hash of the file's end, its footer.
-        size: bytes.
-    """
-
-    path: str
-    shard: str
-    input_id: str
-    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,132 +114,6 @@ class Row:
     readable: bool = True
 
 
-# --- listing ---
-
-
-def list_inputs(spec: Input, exclude: str | None = None) -> list[InputFile]:
-    """List the input files, sorted by path, each path once.
-
-    Directories are searched for `*.parquet` at any depth; names that begin with `_` or `.` are left out, as every
-    Parquet reader does. A path that exists is taken literally, whatever glob characters it holds. Symlinks to files
-    are inputs like others, under their own names; a symlinked directory may be named in the spec, but those found
-    below one are not followed. Nothing is read, except the files' ends in a store that stamps its files with nothing.
-
-    Args:
-        exclude: a directory whose files are no inputs (the output, should it lie inside an input directory), also
-            where a symlink leads there.
-
-    Raises:
-        InputError: a path does not exist, matches nothing, or cannot be listed.
-    """
-    found: dict[str, InputFile] = {}
-    for path in spec.paths:
-        files = _list_path(path, spec.storage_options)
-        if not files:
-            raise InputError(f"{path}: no Parquet file there; input.paths takes files, globs and directories")
-        found.update(files)
-    if exclude is not None:
-        prefix = _real(exclude).rstrip("/") + "/"
-        found = {
-            path: file for path, file in found.items() if not _real(posixpath.dirname(path) + "/").startswith(prefix)
-        }
-    return [found[path] for path in sorted(found)]
-
-
-def _real(path: str) -> str:
-    """A local directory without symlinks, `file://` or not, ending in a slash if `path` does; a URL as it is."""
-    if fsspec.utils.get_protocol(path) not in LocalFileSystem.protocol:
-        return path
-    real = os.path.realpath(str(LocalFileSystem._strip_protocol(path)))
-    return real.rstrip("/") + "/" * path.endswith("/")
-
-
-def _list_path(path: str, options: Mapping[str, Any]) -> dict[str, InputFile]:
-    try:
-        fs, root = fsspec.core.url_to_fs(path, **options)
-        fs.invalidate_cache()  # s3fs and others would answer from what they listed before, for ever
-        files = [_input_file(fs, info, path, root) for info in _find(fs, path, root)]
-    except InputError:
-        raise
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file or directory") from None
-    except Exception as error:  # every store raises its own kinds
-        raise InputError(f"{path}: cannot be listed: {_one_line(error)}") from error
-    return {file.path: file for file in files}
-
-
-def _find(fs: Any, path: str, root: str) -> list[Mapping[str, Any]]:
-    """What the store says of each file at `path`, whose name in the store is `root`."""
-    if glob.has_magic(path) and not fs.exists(root):
-        infos = fs.glob(root, detail=True).values()
-    elif fs.isdir(root):
-        infos = [
-            info
-            for name, info in fs.find(root, detail=True).items()
-            if name.endswith(".parquet") and not re.search(r"/[._]", name.removeprefix(root.rstrip("/")))
-        ]
-    else:
-        infos = [fs.info(root)]
-    linked = os.path.isdir if _is_local(fs) else lambda _: False  # a link to a directory is listed as no directory
-    return [info for info in infos if info["type"] != "directory" and not linked(info["name"])]
-
-
-def _input_file(fs: Any, info: Mapping[str, Any], asked: str, root: str) -> InputFile:
-    name = info["name"]
-    path = name if _is_local(fs) else _url(fs, name, asked, root)
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", posixpath.basename(name).removesuffix(".parquet"))[:60]
-    digest = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
-    if _is_local(fs):
-        try:
-            info = _stat(name)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {_one_line(error)}") from error
-    elif _stamp(info) is None:  # a web server's index says less than its answer for one file
-        info = fs.info(name)
-    return InputFile(path, f"{stem}-{digest}", _identity(fs, name, info), int(info["size"] or 0))
-
-
-def _url(fs: Any, name: str, asked: str, root: str) -> str:
-    """URL of file `name`, found under URL `asked` whose own name is `root`, such that it opens in the same store.
-
-    Some names lack what the URL says of the store, as FTP's and HDFS's lack the host; then it is taken from `asked`.
-    """
-    url: str = fs.unstrip_protocol(name)
-    if fs._get_kwargs_from_urls(url) == fs._get_kwargs_from_urls(asked):
-        return url
-    asked, root = asked.rstrip("/"), root.rstrip("/")
-    common = len(posixpath.commonprefix([asked[::-1], root[::-1]]))  # asked = A + common, root = R + common
-    return asked[: len(asked) - common] + name.removeprefix(root[: len(root) - common])
-
-
-def _stat(name: str) -> dict[str, Any]:
-    """Size and time of a local file, of its target where it is a symlink."""
-    stat = Path(name).stat()
-    return {"size": stat.st_size, "mtime": stat.st_mtime}
-
-
-def _stamp(info: Mapping[str, Any]) -> Any:
-    return next((info[key] for key in (*_CONTENT_TAGS, *_TIME_STAMPS) if info.get(key)), None)
-
-
-def _identity(fs: Any, name: str, info: Mapping[str, Any]) -> str:
-    """Content identity of a listed file, at most 64 characters."""
-    for tag in _CONTENT_TAGS:
-        if info.get(tag):
-            return str(info[tag]).strip('"')[:64]
-    stamp = _stamp(info)
-    if stamp is None:
-        stamp = hashlib.blake2b(fs.tail(name, _TAIL), digest_size=16).hexdigest()
-    if isinstance(stamp, datetime.datetime):  # a listing and a look at one file may differ in form
-        stamp = stamp.timestamp()
-    moment = f"{stamp:.6f}" if isinstance(stamp, float) else str(stamp)
-    return f"{info['size']}-{moment}"[:64]
-
-
-def _is_local(fs: Any) -> bool:
-    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
-
-
 # --- footers and splitting ---
 
 
@@ -286,7 +123,7 @@ def read_footer(file: InputFile, columns: Columns, options: Mapping[str, Any]) -
     Raises:
         InputError: the file is not Parquet, is truncated, or lacks a usable column; the message names the file.
     """
-    with _Opened(file.path, options) as parquet:
+    with Opened(file.path, options) as parquet:
         layout = recognise(parquet.schema_arrow, columns, file.path)
         meta = parquet.metadata
         return Footer(layout, tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups)))
@@ -396,112 +233,8 @@ def cut(
 # --- reading ---
 
 
-class _Watched:
-    """A store's file for reading that keeps the last error of its own.
-
-    Arrow passes a store's errors on in many forms; this tells a store that fails from pages that are corrupt.
-    """
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self.failed: Exception | None = None
-
-    def _watch(self, call: Callable[..., Any], *args: Any) -> Any:
-        try:
-            return call(*args)
-        except Exception as error:
-            self.failed = error
-            raise
-
-    def read(self, size: int = -1) -> bytes:
-        answer: bytes = self._watch(self._file.read, size)
-        return answer
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        answer: int = self._watch(self._file.seek, offset, whence)
-        return answer
-
-    def tell(self) -> int:
-        answer: int = self._watch(self._file.tell)
-        return answer
-
-    @property
-    def closed(self) -> bool:
-        return bool(self._file.closed)
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _Opened:
-    """A Parquet file of one store, closed on exit.
-
-    Attributes:
-        failed: the error of a store that failed to open or read the file; None for a local file, and for one that is
-            readable but wrong.
-    """
-
-    def __init__(self, path: str, options: Mapping[str, Any]) -> None:
-        self.path, self.options = path, options
-        self._handle: Any = None
-        self._unopened: Exception | None = None
-
-    @property
-    def failed(self) -> Exception | None:
-        return self._unopened or getattr(self._handle, "failed", None)
-
-    def __enter__(self) -> pq.ParquetFile:
-        """Raises InputError for what is no Parquet file, and for a store that fails."""
-        try:
-            buffer = self._open()
-            return pq.ParquetFile(self._handle, buffer_size=buffer, pre_buffer=False)
-        except Exception as error:  # every store raises its own kinds
-            self.__exit__()
-            what = "cannot be read" if self.failed else "not readable as Parquet"
-            raise InputError(f"{self.path}: {what}: {_one_line(error)}") from error
-
-    def _open(self) -> int:
-        """Open the handle; returns the buffer to read it with, in bytes."""
-        try:
-            fs, name = fsspec.core.url_to_fs(self.path, **self.options)
-            if not _is_local(fs):
-                self._handle = _Watched(fs.open(name, "rb", block_size=_REMOTE_BUFFER))
-                return _REMOTE_BUFFER
-        except Exception as error:
-            self._unopened = error
-            raise
-        self._handle = pa.OSFile(name, "rb")
-        return 2**20
-
-    def __exit__(self, *_: object) -> None:
-        if self._handle is not None:
-            with contextlib.suppress(Exception):  # nothing of a file read is lost by it
-                self._handle.close()
-
-
-def current_identity(file: InputFile, options: Mapping[str, Any], pauses: Sequence[float] = _STORE_PAUSES) -> str:
-    """The file's content identity now, to compare with `file.input_id`.
-
-    Args:
-        pauses: seconds to wait before each further try at a store that fails.
-
-    Raises:
-        InputError: the file is gone or its store does not answer.
-    """
-    for pause in (*pauses, None):
-        try:
-            fs, name = fsspec.core.url_to_fs(file.path, **options)
-            fs.invalidate_cache()
-            return _identity(fs, name, _stat(name) if _is_local(fs) else fs.info(name))
-        except Exception as error:  # every store raises its own kinds
-            if pause is None or isinstance(error, FileNotFoundError):
-                raise InputError(f"{file.path}: cannot be read any more: {_one_line(error)}") from error
-            time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
-
-
 def read_rows(
-    fragment: Fragment, options: Mapping[str, Any], batch_rows: int = 32, pauses: Sequence[float] = _STORE_PAUSES
+    fragment: Fragment, options: Mapping[str, Any], batch_rows: int = 32, pauses: Sequence[float] = STORE_PAUSES
 ) -> Iterator[Row]:
     """Read a fragment's rows in order; exactly `fragment.rows` of them, all of one state of the file.
 
@@ -522,7 +255,7 @@ def read_rows(
     while position < fragment.stop:
         _refuse_changed(fragment.file, options, pauses)
         group_stop = fragment.stop
-        opened = _Opened(path, options)
+        opened = Opened(path, options)
         try:
             with opened as parquet:
                 for group, begin, end in _groups(parquet, position, fragment.stop):
@@ -536,7 +269,7 @@ def read_rows(
             failures += 1
             if _another_try(opened, error, failures, pauses):
                 continue
-            note = f"pages of rows {position} to {group_stop - 1} cannot be decoded: {_one_line(error)}"
+            note = f"pages of rows {position} to {group_stop - 1} cannot be decoded: {one_line(error)}"
             yield from (Row(number, note=note, readable=False) for number in range(position, group_stop))
             position, failures = group_stop, 0
     _refuse_changed(fragment.file, options, pauses)
@@ -547,7 +280,7 @@ def _refuse_changed(file: InputFile, options: Mapping[str, Any], pauses: Sequenc
         raise InputError(f"{file.path}: changed during the run; run again to curate what it holds now")
 
 
-def _another_try(opened: _Opened, error: Exception, failures: int, pauses: Sequence[float]) -> bool:
+def _another_try(opened: Opened, error: Exception, failures: int, pauses: Sequence[float]) -> bool:
     """Wait, if reading on after `error`, the `failures`-th in a row, may help; False where the pages are corrupt.
 
     Raises:
@@ -556,11 +289,11 @@ def _another_try(opened: _Opened, error: Exception, failures: int, pauses: Seque
     """
     if opened.failed is not None:
         if failures > len(pauses) or isinstance(opened.failed, FileNotFoundError):
-            raise InputError(f"{opened.path}: cannot be read: {_one_line(opened.failed)}") from error
+            raise InputError(f"{opened.path}: cannot be read: {one_line(opened.failed)}") from error
         time.sleep(pauses[failures - 1])
         return True
     if isinstance(error, OSError) and error.errno is not None:
-        raise InputError(f"{opened.path}: cannot be read: {_one_line(error)}") from error
+        raise InputError(f"{opened.path}: cannot be read: {one_line(error)}") from error
     if not isinstance(error, (pa.ArrowException, OSError, UnicodeDecodeError)):
         raise error
     if failures < _REREADS:
@@ -627,97 +360,3 @@ def _strings(batch: pa.RecordBatch, name: str | None) -> list[str | None]:
             for value in raw.cast(pa.large_binary() if large else pa.binary()).to_pylist()
         ]
     return [None if value is None else str(value) for value in column.to_pylist()]
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
-
-
-# --- writing ---
-
-_ROW_GROUP_BYTES = 8 * 2**20
-"""More costs the kernel's zeroing of fresh memory for every row group: 32 MiB twice the time of 8."""
-
-
-class ParquetWriter:
-    """Writes one file of one table, a row group whenever enough has gathered, so that memory stays bounded.
-
-    The file is whole, or it is not readable as Parquet: its footer is written by `close`.
-
-    Args:
-        table: a key of schema.FILE_SCHEMAS.
-        url: local path or URL of the file; parent directories are made.
-
-    Raises:
-        OSError: the store refuses.
-    """
-
-    def __init__(self, table: str, url: str, options: Mapping[str, Any]) -> None:
-        self.schema = FILE_SCHEMAS[table]
-        self.rows = 0
-        self.size = 0
-        self._pending: list[dict[str, Any]] = []
-        self._pending_bytes = 0
-        fs, name = fsspec.core.url_to_fs(url, **options)
-        self._local = name if _is_local(fs) else None
-        if self._local:  # arrow's own file: no detour through Python for every page
-            os.makedirs(os.path.dirname(name), exist_ok=True)
-            self._file = self._sink = pa.OSFile(name, mode="w")
-        else:
-            self._file = fs.open(name, "wb")
-            self._sink = pa.PythonFile(self._file, mode="w")
-        plain = [field.name for field in self.schema if field.name != "image"]
-        self._writer = pq.ParquetWriter(
-            self._sink,
-            self.schema,
-            compression={name: "none" if name == "image" else "zstd" for name in self.schema.names},
-            use_dictionary=[name for name in plain if name not in ("row", "image_sha256")],
-            write_statistics=plain,
-            store_schema=False,
-        )
-
-    def append(self, row: dict[str, Any], size: int) -> None:
-        """Add one row; `size` is about its bytes."""
-        if self._pending_bytes + size > _ROW_GROUP_BYTES:
-            self._flush()
-        self._pending.append(row)
-        self._pending_bytes += size
-        self.rows += 1
-
-    def _flush(self) -> None:
-        if self._pending:
-            columns = [_array([row[field.name] for row in self._pending], field.type) for field in self.schema]
-            self._writer.write_table(pa.Table.from_arrays(columns, schema=self.schema))
-        self._pending, self._pending_bytes = [], 0
-
-    def close(self) -> int:
-        """Finish the file and return its size in bytes."""
-        self._flush()
-        self._writer.close()
-        size: int = self._sink.tell()
-        self._file.close()
-        return size
-
-    def abandon(self) -> None:
-        """Give the file up: nothing readable is left where the store allows it; vacuum finds the rest.
-
-        Raises nothing, since the error that led here is the one to hear of.
-        """
-        self._pending = []
-        self._writer.is_open = False  # else it would write its footer when collected
-        with contextlib.suppress(Exception):  # every store raises its own kinds
-            self._file.close() if self._local else self._file.discard()
-        with contextlib.suppress(OSError, AttributeError):  # some files' `closed` is read-only
-            if self._local:
-                os.unlink(self._local)
-            else:
-                self._file.closed = True  # else fsspec would upload what it holds when collected
-
-
-def _array(values: list[Any], kind: pa.DataType) -> pa.Array:
-    """`pa.array`, but for binary values without its growing and copying buffer; together they must fit 2 GiB."""
-    if kind != pa.binary() or None in values:
-        return pa.array(values, kind)
-    offsets = pa.array(itertools.accumulate(map(len, values), initial=0), pa.int32())
-    return pa.Array.from_buffers(kind, len(values), [None, offsets.buffers()[1], pa.py_buffer(b"".join(values))])

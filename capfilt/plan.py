@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from capfilt.dataset import ShardState
 from capfilt.fingerprints import Fingerprints
-from capfilt.fragments import InputFile, list_inputs
+from capfilt.inputs import InputFile, list_inputs
 from capfilt.spec import CurateSpec
 
 

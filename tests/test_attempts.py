@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from stubs import load_hash
 
 from capfilt.fingerprints import run_fingerprints
-from capfilt.fragments import Fragment, list_inputs, read_footer
+from capfilt.fragments import Fragment, read_footer
+from capfilt.inputs import list_inputs
 from capfilt.pipelines.attempts import Attempts
 from capfilt.pipelines.worker import DEATHS_BEFORE_SPLIT, LOST_ROWS_LIMIT, Job, Worker
 from capfilt.receipts import Receipt, shard_commit

@@ -29,7 +29,7 @@ from rich.console import Console
 from stubs import POISON, load_hash, load_poison
 
 from capfilt.dataset import CuratedDataset
-from capfilt.fragments import list_inputs
+from capfilt.inputs import list_inputs
 from capfilt.models.tiny import write_tiny_pair
 from capfilt.pipelines.curate import curate, in_process
 from capfilt.receipts import RECEIPTS, Receipt

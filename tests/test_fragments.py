@@ -20,19 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capfilt.errors import InputError
-from capfilt.fragments import (
-    Fragment,
-    InputFile,
-    ParquetWriter,
-    current_identity,
-    cut,
-    list_inputs,
-    read_footer,
-    read_rows,
-    recognise,
-)
+from capfilt.fragments import Fragment, cut, read_footer, read_rows, recognise
+from capfilt.inputs import InputFile, current_identity, list_inputs
 from capfilt.schema import FILE_SCHEMAS, PAIRS
 from capfilt.spec import Columns, Input
+from capfilt.writer import ParquetWriter
 
 
 def listed(*paths: Path | str, **options: Any) -> list[InputFile]:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "capfilt"
 
 LAYERS = [
     {"errors", "schema", "spec", "text", "decide", "fingerprints"},
-    {"fragments", "images", "dataset", "receipts", "plan", "toyweb"},
+    {"inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "toyweb"},
     {"models"},
     {"pipelines"},
     {"cli"},

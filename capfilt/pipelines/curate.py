@@ -29,7 +29,8 @@ from rich.console import Console
 from capfilt.dataset import Counts, CuratedDataset, ShardCommit, ShardState
 from capfilt.errors import CapfiltError, ConflictError, ErrorBudgetError, InputError
 from capfilt.fingerprints import Fingerprints, run_fingerprints
-from capfilt.fragments import Footer, Fragment, InputFile, Layout, cut, read_footer
+from capfilt.fragments import Footer, Fragment, Layout, cut, read_footer
+from capfilt.inputs import InputFile
 from capfilt.pipelines.progress import Display
 from capfilt.pipelines.worker import Job, LoadModels, Worker, load_models
 from capfilt.plan import Plan, make_plan

@@ -10,6 +10,7 @@ in one worker at a time: one reads and decodes while the other holds the device.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import os
 import socket
@@ -31,7 +32,7 @@ from capfilt.dataset import DIRECTORIES, Counts, DataFile, Provenance
 from capfilt.decide import Text, best_text, decide, row_outcome
 from capfilt.errors import CapfiltError, CheckpointError, ImageError, InputError
 from capfilt.fingerprints import Fingerprints, run_fingerprints
-from capfilt.fragments import Fragment, ParquetWriter, Row, read_rows
+from capfilt.fragments import Fragment, Row, read_rows
 from capfilt.images import decode
 from capfilt.models.preprocess import resize
 from capfilt.pipelines.attempts import Attempts
@@ -39,6 +40,7 @@ from capfilt.receipts import Receipt, store
 from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE, SHARD, Reason, Source, Status
 from capfilt.spec import CurateSpec
 from capfilt.text import clean
+from capfilt.writer import ParquetWriter
 
 DEATHS_BEFORE_SPLIT = 2
 """A fragment whose worker died so often is split."""
@@ -138,7 +140,6 @@ class _Item:
     format: str | None = None
     width: int | None = None
     height: int | None = None
-    pixels: dict[int, torch.Tensor] = field(default_factory=dict)  # uint8 [3, S, S] by S
     texts: list[Text] = field(default_factory=list)
     status: Status | None = None  # None while it has yet to meet the models
     reason: Reason | None = None
@@ -171,6 +172,10 @@ class _Turns:
                 self._condition.notify_all()
 
 
+_Buffers = dict[int, torch.Tensor]
+"""Pixels by side S: of a batch uint8 [B, S, S, 3] (`resize`'s layout), of one of its rows uint8 [S, S, 3]."""
+
+
 class _Scratch(threading.local):
     """Memory a decoding thread decodes into, image after image."""
 
@@ -197,6 +202,7 @@ class Worker:
         self._turns = _Turns()
         self._threads = max(1, math.floor(job.spec.placement.cpus))
         self._scratch = _Scratch()
+        self._free: deque[_Buffers] = deque()
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
 
     # --- attempts and splitting ---
@@ -293,11 +299,14 @@ class Worker:
         seconds: dict[str, float] = defaultdict(float)
         try:
             with _Output(self.job, fragment) as out:
-                for batch in self._decoded(fragment, seconds):
+                for batch, buffers in self._decoded(fragment, seconds):
+                    rows = [n for n, item in enumerate(batch) if item.status is None]
+                    images = {size: _images(buffer, rows) for size, buffer in buffers.items()}
                     with self._device_lock:
                         begin = time.perf_counter()
-                        self._judge([item for item in batch if item.status is None])
+                        self._judge([batch[n] for n in rows], images)
                         seconds["model"] += time.perf_counter() - begin
+                    self._free.append(buffers)
                     begin = time.perf_counter()
                     for item in batch:
                         out.append(item)
@@ -314,33 +323,40 @@ class Worker:
                 failure=str(error),
             )
 
-    def _decoded(self, fragment: Fragment, seconds: dict[str, float]) -> Iterator[list[_Item]]:
-        """Batches of rows in order, decoded ahead in threads."""
+    def _decoded(self, fragment: Fragment, seconds: dict[str, float]) -> Iterator[tuple[list[_Item], _Buffers]]:
+        """Batches of rows in order, decoded ahead in threads, and buffers that hold the n-th row's pixels at [n]."""
         size = self.job.spec.batch_size
-        waiting: deque[list[Future[tuple[_Item, float]]]] = deque()
+        waiting: deque[tuple[list[Future[tuple[_Item, float]]], _Buffers]] = deque()
         rows = read_rows(fragment, self.job.spec.input.storage_options, min(size, 32))
-        batch: list[Future[tuple[_Item, float]]] = []
         more = True
         while more or waiting:
             begin = time.perf_counter()
             while more and len(waiting) < AHEAD:
-                row = next(rows, None)
-                if row is not None:
-                    batch.append(self._pool.submit(self._prepare, row))
-                more = row is not None
-                if len(batch) == size or (batch and not more):
-                    waiting.append(batch)
-                    batch = []
+                buffers, batch = self._buffers(), []
+                for n, row in enumerate(itertools.islice(rows, size)):
+                    batch.append(self._pool.submit(self._prepare, row, {side: b[n] for side, b in buffers.items()}))
+                more = len(batch) == size
+                if batch:
+                    waiting.append((batch, buffers))
             seconds["read"] += time.perf_counter() - begin
             if waiting:
                 begin = time.perf_counter()
-                done = [future.result() for future in waiting.popleft()]
+                batch, buffers = waiting.popleft()
+                done = [future.result() for future in batch]
                 seconds["wait"] += time.perf_counter() - begin
                 seconds["decode"] += sum(spent for _, spent in done)
-                yield [item for item, _ in done]
+                yield [item for item, _ in done], buffers
 
-    def _prepare(self, row: Row) -> tuple[_Item, float]:
-        """Hash, decode and resize one row's image; what is wrong with it becomes its reason."""
+    def _buffers(self) -> _Buffers:
+        """Memory for a batch, used again and again: fresh memory costs the kernel as much as copying does."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            sizes = {model.image_size for model in self.models()}
+            return {size: torch.empty((self.job.spec.batch_size, size, size, 3), dtype=torch.uint8) for size in sizes}
+
+    def _prepare(self, row: Row, pixels: _Buffers) -> tuple[_Item, float]:
+        """Hash, decode and resize one row's image into `pixels`; what is wrong with it becomes its reason."""
         begin = time.perf_counter()
         item = _Item(row, texts=[_web_text(row)])
         if not row.readable:
@@ -352,18 +368,18 @@ class Worker:
             try:
                 picture = decode(row.image, self.job.spec.images, self._scratch.pixels)
                 item.format, item.width, item.height = picture.format, picture.width, picture.height
-                for size in {model.image_size for model in self.models()}:
-                    item.pixels[size] = resize(picture.rgb, size)
+                for size, slot in pixels.items():
+                    slot.copy_(resize(picture.rgb, size).permute(1, 2, 0))
             except ImageError as error:
                 item.fail(error.reason, error.detail)
         return item, time.perf_counter() - begin
 
-    def _judge(self, items: list[_Item]) -> None:
+    def _judge(self, items: list[_Item], images: _Buffers) -> None:
         """Caption, score and decide. A batch on which a model raises is halved until the row stands alone."""
         if not items:
             return
         try:
-            self._caption_and_score(items)
+            self._caption_and_score(items, images)
         except Exception as error:  # recorded as the row's own error, once it is alone
             if _device_is_lost(error):
                 raise DeviceLostError(f"the device failed: {error}") from error
@@ -372,14 +388,11 @@ class Worker:
                 items[0].fail(Reason.MODEL_ERROR, f"{type(error).__name__}: {' '.join(str(error).split())}")
             else:
                 half = len(items) // 2
-                self._judge(items[:half])
-                self._judge(items[half:])
-        for item in items:
-            item.pixels = {}
+                self._judge(items[:half], {size: batch[:half] for size, batch in images.items()})
+                self._judge(items[half:], {size: batch[half:] for size, batch in images.items()})
 
-    def _caption_and_score(self, items: list[_Item]) -> None:
+    def _caption_and_score(self, items: list[_Item], images: _Buffers) -> None:
         captioner, filter_ = self.models()
-        images = {size: _batch([item.pixels[size] for item in items]) for size in items[0].pixels}
         captions = captioner.caption(images[captioner.image_size], [item.sha256 or "" for item in items])
         texts = [
             [item.texts[0], *(Text(Source.SYNTHETIC, k, text, clean(text)) for k, text in enumerate(candidates))]
@@ -396,9 +409,10 @@ class Worker:
             item.status, item.reason = row_outcome(verdicts)
 
 
-def _batch(images_CHW: Sequence[torch.Tensor]) -> torch.Tensor:
-    """[B, 3, S, S] of images as `resize` lays them out, in the same layout: stacking planes would cost 3 x as much."""
-    return torch.stack([image.permute(1, 2, 0) for image in images_CHW]).permute(0, 3, 1, 2)
+def _images(buffer_BSSC: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """uint8 [rows, 3, S, S] of a buffer's rows; copied only where some are missing in between."""
+    whole = rows == list(range(len(rows)))
+    return (buffer_BSSC[: len(rows)] if whole else buffer_BSSC[rows]).permute(0, 3, 1, 2)
 
 
 def _web_text(row: Row) -> Text:
