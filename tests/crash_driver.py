@@ -18,7 +18,13 @@ import psutil
 from capfilt.dataset import DIRECTORIES
 from capfilt.receipts import RECEIPTS
 
-CAPFILT = [sys.executable, "-c", "from capfilt.cli import main; main()"]
+_MAIN = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
+from capfilt.cli import main
+main()
+"""
+CAPFILT = [sys.executable, "-c", _MAIN]
 
 STUCK_SECONDS = 180
 """A driver that shows no progress for so long hangs. A start takes 10 to 15 s on an idle machine of two cores."""

@@ -18,7 +18,12 @@ from capfilt.fingerprints import checkpoint_files
 from capfilt.models.tiny import write_tiny_pair
 
 ROOT = Path(__file__).parent.parent
-CAPFILT = [sys.executable, "-c", "from capfilt.cli import main; main()"]
+CAPFILT = [
+    sys.executable,
+    "-c",
+    # a background job of a shell is born deaf to SIGINT, and so would its tests be
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from capfilt.cli import main; main()",
+]
 
 
 def capfilt(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
