@@ -122,17 +122,17 @@ def curate(
                 dataset.vacuum()
                 discard(spec.output, spec.output_options)
         summary.outcome = "done"
+        return summary
     except BaseException as error:
         summary.outcome = f"{type(error).__name__}: {error}"
         raise
     finally:
         summary.elapsed = time.monotonic() - begin
         summary.versions = dataset.versions()
-        if work:
-            dataset.write_run_file(run, "summary.json", _as_json(summary))
         if report:
             report(summary)
-    return summary
+        if work:
+            _write_summary(dataset, summary)
 
 
 def _record(spec: CurateSpec, fingerprints: Fingerprints, plan: Plan) -> dict[str, Any]:
@@ -155,6 +155,15 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:  # shipped to the cluster as a folder
         return "not installed"
+
+
+def _write_summary(dataset: CuratedDataset, summary: Summary) -> None:
+    """Keep the summary in _runs/; where the run itself failed, a store that refuses is not the error to hear of."""
+    try:
+        dataset.write_run_file(summary.run, "summary.json", _as_json(summary))
+    except Exception:
+        if summary.outcome == "done":
+            raise
 
 
 def _as_json(summary: Summary) -> dict[str, Any]:
