@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from capfilt.schema import Reason, Source, Status
 from capfilt.spec import Thresholds
@@ -70,7 +70,9 @@ def decide(texts: Sequence[Text], thresholds: Thresholds) -> list[Text]:
         else:
             kept.add(text.clean)
             best = best or text.source is Source.SYNTHETIC
-        verdicts[i] = replace(text, kept=reason is None, reason=reason)
+        verdicts[i] = Text(
+            text.source, text.candidate, text.text, text.clean, text.itm, text.itc, reason is None, reason
+        )
     return verdicts
 
 

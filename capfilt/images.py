@@ -255,10 +255,11 @@ def _turbo(data: bytes, scratch: npt.NDArray[np.uint8] | None) -> npt.NDArray[np
     except ValueError:
         return None
     _check_pixels((width, height))
-    allowed = min(1000, max(16, _SCAN_PIXELS // max(1, width * height)))
-    # One byte is counted twenty times as fast as two; most pictures have too few of it to go on.
-    if data.count(0xDA) > allowed and (scans := data.count(b"\xff\xda")) > allowed:
-        raise ImageError(Reason.TOO_MANY_PIXELS, f"JPEG: {scans} scans of {width} x {height} pixels")
+    one_scan, may_be_turned = _segments(data)
+    if not one_scan:
+        allowed = min(1000, max(16, _SCAN_PIXELS // max(1, width * height)))
+        if (scans := data.count(b"\xff\xda")) > allowed:
+            raise ImageError(Reason.TOO_MANY_PIXELS, f"JPEG: {scans} scans of {width} x {height} pixels")
     if colours in ("CMYK", "YCCK"):
         return None
     try:
@@ -266,20 +267,28 @@ def _turbo(data: bytes, scratch: npt.NDArray[np.uint8] | None) -> npt.NDArray[np
         rgb = simplejpeg.decode_jpeg(data, "RGB", fastdct=False, fastupsample=False, buffer=fits)
     except ValueError:
         return None
-    return _upright(rgb, _jpeg_orientation(data))
+    orientation = _orientation(JpegImagePlugin.JpegImageFile(io.BytesIO(data))) if may_be_turned else 1
+    return _upright(rgb, orientation)
 
 
-def _jpeg_orientation(data: bytes) -> int:
-    """Orientation of a JPEG; Pillow reads it where a segment before the picture may hold one (APP1: EXIF or XMP)."""
-    at = 2
-    while at + 4 <= len(data) and data[at] == 0xFF:
+def _segments(data: bytes) -> tuple[bool, bool]:
+    """Whether the first scan is surely the whole picture, and whether Pillow may find an orientation before it.
+
+    (False, True), the careful answer, for a file that is not plainly laid out.
+    """
+    at, whole, components, may_be_turned = 2, False, -1, False
+    while at + 10 <= len(data) and data[at] == 0xFF:
         marker = data[at + 1]
-        if marker == 0xE1:
-            return _orientation(JpegImagePlugin.JpegImageFile(io.BytesIO(data)))
-        if marker == 0xDA:  # the picture begins
-            return 1
+        if marker == 0xDA:  # start of scan; ITU-T T.81, B.2.3: length (2 bytes), number of components
+            return whole and data[at + 4] == components, may_be_turned
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # start of frame, B.2.2
+            whole, components = marker <= 0xC1, data[at + 9]  # baseline or extended: each component in one scan only
+        elif marker == 0xE1:  # APP1: EXIF or XMP
+            may_be_turned = True
+        elif marker < 0xC0 or 0xD0 <= marker <= 0xD9:  # markers without a length have no business here
+            break
         at += 1 if marker == 0xFF else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
-    return _orientation(JpegImagePlugin.JpegImageFile(io.BytesIO(data)))
+    return False, True
 
 
 def _flatten(image: Image.Image) -> npt.NDArray[np.uint8]:

@@ -27,13 +27,21 @@ class ParquetWriter:
     Args:
         table: a key of schema.FILE_SCHEMAS.
         url: local path or URL of the file; parent directories are made.
+        constant: columns with one value in every row; those the table lacks are left out.
 
     Raises:
         OSError: the store refuses.
     """
 
-    def __init__(self, table: str, url: str, options: Mapping[str, Any]) -> None:
+    def __init__(
+        self, table: str, url: str, options: Mapping[str, Any], constant: Mapping[str, Any] | None = None
+    ) -> None:
         self.schema = FILE_SCHEMAS[table]
+        self._constant = {
+            field.name: pa.scalar(constant[field.name], field.type)
+            for field in self.schema
+            if constant and field.name in constant
+        }
         self.rows = 0
         self.size = 0
         self._pending: list[dict[str, Any]] = []
@@ -57,7 +65,7 @@ class ParquetWriter:
         )
 
     def append(self, row: dict[str, Any], size: int) -> None:
-        """Add one row; `size` is about its bytes."""
+        """Add one row, without its constant columns; `size` is about its bytes."""
         if self._pending_bytes + size > _ROW_GROUP_BYTES:
             self._flush()
         self._pending.append(row)
@@ -66,7 +74,12 @@ class ParquetWriter:
 
     def _flush(self) -> None:
         if self._pending:
-            columns = [_array([row[field.name] for row in self._pending], field.type) for field in self.schema]
+            columns = [
+                pa.repeat(self._constant[name], len(self._pending))
+                if name in self._constant
+                else _array([row[name] for row in self._pending], kind)
+                for name, kind in zip(self.schema.names, self.schema.types, strict=True)
+            ]
             self._writer.write_table(pa.Table.from_arrays(columns, schema=self.schema))
         self._pending, self._pending_bytes = [], 0
 

@@ -19,9 +19,9 @@ import time
 import uuid
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -177,10 +177,11 @@ _Buffers = dict[int, torch.Tensor]
 
 
 class _Scratch(threading.local):
-    """Memory a decoding thread decodes into, image after image."""
+    """Memory a decoding thread decodes and resizes into, image after image."""
 
     def __init__(self) -> None:
         self.pixels = np.empty(_SCRATCH_BYTES, np.uint8)
+        self.resized = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8)
 
 
 class Worker:
@@ -342,6 +343,7 @@ class Worker:
             if waiting:
                 begin = time.perf_counter()
                 batch, buffers = waiting.popleft()
+                wait(batch)  # wakes this thread once; result() alone does for every image
                 done = [future.result() for future in batch]
                 seconds["wait"] += time.perf_counter() - begin
                 seconds["decode"] += sum(spent for _, spent in done)
@@ -369,7 +371,7 @@ class Worker:
                 picture = decode(row.image, self.job.spec.images, self._scratch.pixels)
                 item.format, item.width, item.height = picture.format, picture.width, picture.height
                 for size, slot in pixels.items():
-                    slot.copy_(resize(picture.rgb, size).permute(1, 2, 0))
+                    resize(picture.rgb, size, slot, self._scratch.resized)
             except ImageError as error:
                 item.fail(error.reason, error.detail)
         return item, time.perf_counter() - begin
@@ -421,7 +423,8 @@ def _web_text(row: Row) -> Text:
 
 def _scored(text: Text, itm: float, itc: float) -> Text:
     """With its scores as the tables will hold them, so that a later threshold decides alike."""
-    return replace(text, itm=float(np.float32(itm)), itc=float(np.float32(itc)))
+    itm, itc = float(np.float32(itm)), float(np.float32(itc))
+    return Text(text.source, text.candidate, text.text, text.clean, itm, itc)
 
 
 class _Output:
@@ -458,7 +461,7 @@ class _Output:
         if table not in self._writers:
             spec = self.job.spec
             url = f"{spec.output}/{DIRECTORIES[table]}/{self._path}"
-            self._writers[table] = ParquetWriter(table, url, spec.output_options)
+            self._writers[table] = ParquetWriter(table, url, spec.output_options, self._constant)
         return self._writers[table]
 
     def append(self, item: _Item) -> None:
@@ -503,19 +506,18 @@ class _Output:
                 "image_bytes": None if image is None else len(image),
                 "source_sha256": row.sha256,
                 **outcome,
-                **self._constant,
             },
             size,
         )
         if item.status is Status.KEPT and image is not None:
             captions = [{"text": t.text, "source": t.source, "itm": t.itm} for t in item.texts if t.kept]
             best = best_text(item.texts).text
-            pair = {**identity, **picture, "image": image, "text": best, "captions": captions, "run": self.job.run}
+            pair = {**identity, **picture, "image": image, "text": best, "captions": captions}
             self._writer(PAIRS).append(pair, size + len(image))
         elif item.status is Status.ERROR and image is not None:
             cap = self.job.spec.images.quarantine_bytes
             unusable = {"reason": item.reason, "detail": item.detail, "image_bytes": len(image), "image": image[:cap]}
-            self._writer(QUARANTINE).append({**identity, **unusable, "run": self.job.run}, 300 + min(cap, len(image)))
+            self._writer(QUARANTINE).append({**identity, **unusable}, 300 + min(cap, len(image)))
 
     def finish(self, seconds: dict[str, float]) -> Receipt:
         """Close the files and store the receipt: from here on the work is not lost.
