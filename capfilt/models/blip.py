@@ -132,7 +132,8 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: BlipVisionConfig, drop_path: float = 0.0) -> None:
         super().__init__()
-        rates = torch.linspace(0, drop_path, config.num_hidden_layers).tolist()
+        last = max(1, config.num_hidden_layers - 1)
+        rates = [drop_path * layer / last for layer in range(config.num_hidden_layers)]
         self.embeddings = VisionEmbeddings(config)
         self.encoder = nn.ModuleDict({"layers": nn.ModuleList(VisionLayer(config, rate) for rate in rates)})
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
