@@ -1,12 +1,13 @@
-"""Planning and committing at scale: what the log of the curated dataset costs, without models, images or Ray.
+"""Planning and committing at scale: what listing the inputs and the dataset's log cost, without models or Ray.
 
     python benchmarks/commit_scale.py [--shards 100000] [--batch 500] [--files 1] [--replace 5000] [--json FILE]
 
 Fills a dataset with shards of ten rows, `--files` annotations and pairs files each, every tenth shard with a quarantine
 file. The files are hard links to one small Parquet file a table and 10,000 shards (a file system allows 65,000 links),
-and the inputs are hard links, too: writing data is not what is measured. Then opens it again with nothing to do,
-replaces some shards, and vacuums. Prints seconds of wall clock, of processor time in brackets, and the process's peak
-resident memory.
+and the inputs are hard links, too: writing data is not what is measured. Then plans again with nothing to do, as
+`capfilt plan` does and as `capfilt run` does before it opens the dataset for writing, replaces some shards, and
+vacuums. Prints seconds of wall clock, of processor time in brackets, and the process's peak resident memory. Seconds of
+wall clock depend on what else the machine and its disk do; compare processor time.
 """
 
 from __future__ import annotations
@@ -19,21 +20,25 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capfilt.dataset import DIRECTORIES, Counts, CuratedDataset, DataFile, Provenance, ShardCommit
+from capfilt.fingerprints import Fingerprints
+from capfilt.inputs import InputFile, list_inputs
+from capfilt.plan import make_plan
 from capfilt.schema import ANNOTATIONS, FILE_SCHEMAS, PAIRS, QUARANTINE
+from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, Input, LocalCheckpoint
 
 KEPT, DROPPED, ERRORS = 6, 3, 1
 ROWS = {ANNOTATIONS: KEPT + DROPPED + ERRORS, PAIRS: KEPT, QUARANTINE: ERRORS}
 LINKS = 10_000
+FINGERPRINTS = Fingerprints("c" * 16, "s" * 16, "d" * 16)  # made from checkpoints, whose size is not the dataset's
 
 
 def make_files(root: Path, table: str, rows: int, paths: Iterator[str]) -> int:
@@ -53,18 +58,30 @@ def make_files(root: Path, table: str, rows: int, paths: Iterator[str]) -> int:
     return size
 
 
-def make_shards(output: Path, count: int, files: int, run: str) -> list[ShardCommit]:
-    """What workers would have left, linked into place: shards ready to commit."""
-    names = [f"part-{n:06d}" for n in range(count)]
+def make_spec(root: Path) -> CurateSpec:
+    """A spec over `root/in` with output `root/out`; of its models only the names are there."""
+    card = {"name": "none", "checkpoint": LocalCheckpoint(path=str(root / "none")), "image_size": 384}
+    return CurateSpec(
+        kind="curate",
+        input=Input(paths=(str(root / "in"),)),
+        output=str(root / "out"),
+        captioner=CaptionerCard(role="captioner", **card),
+        filter=FilterCard(role="filter", **card),
+    )
+
+
+def make_shards(output: Path, inputs: Sequence[InputFile], files: int, run: str) -> list[ShardCommit]:
+    """What workers would have left of some inputs, linked into place: shards ready to commit."""
+    names = [file.shard for file in inputs]
     path = "shard={}/{}-{}-" + run + "-0.parquet"
     sizes = {}
     for table, directory in DIRECTORIES.items():
         every, per_shard = (10, 1) if table == QUARANTINE else (1, files)
         paths = (path.format(name, 10 * i, 10 * i + 10) for name in names[::every] for i in range(per_shard))
         sizes[table] = make_files(output / directory, table, ROWS[table], paths)
-    prints = Provenance("input", "c" * 32, "s" * 32, "d" * 32, run)
+    prints = FINGERPRINTS.caption, FINGERPRINTS.score, FINGERPRINTS.decide
     shards = []
-    for n, name in enumerate(names):
+    for n, (name, file) in enumerate(zip(names, inputs, strict=True)):
         of = {
             table: tuple(
                 DataFile(path.format(name, 10 * i, 10 * i + 10), rows, sizes[table], ERRORS * (table == ANNOTATIONS))
@@ -74,7 +91,7 @@ def make_shards(output: Path, count: int, files: int, run: str) -> list[ShardCom
         }
         counts = Counts(KEPT * files, DROPPED * files, ERRORS * files)
         quarantine = of[QUARANTINE][:1] if n % 10 == 0 else ()
-        provenance = Provenance(f"{n:032x}", *list(vars(prints).values())[1:])
+        provenance = Provenance(file.input_id, *prints, run)
         shards.append(ShardCommit(name, counts.rows, counts, provenance, of[ANNOTATIONS], of[PAIRS], quarantine))
     return shards
 
@@ -108,37 +125,27 @@ def commit_all(dataset: CuratedDataset, shards: list[ShardCommit], batch: int, n
     result.note(f"  {name}: last commit, s", round(spent[-1], 3))
 
 
-def plan(output: str, list_inputs: Callable[[], list[str]]) -> tuple[CuratedDataset, int]:
-    """What a run with nothing to do does: open, read the log, list the inputs, compare."""
-    dataset = CuratedDataset.for_writing(output, {})
-    committed = dataset.committed()
-    names = [path.rpartition("/")[2].removesuffix(".parquet") for path in list_inputs()]
-    return dataset, sum(name not in committed or not committed[name].provenance.input_id for name in names)
-
-
 def measure(root: Path, args: argparse.Namespace) -> dict[str, Any]:
-    output, result = str(root / "out"), Measured()
+    output, result, spec = str(root / "out"), Measured(), make_spec(root)
     dataset = CuratedDataset.for_writing(output, {})
     dataset.register("first", {})
     with result.seconds("making files (not counted)"):
-        shards = make_shards(Path(output), args.shards, args.files, "first")
         (root / "in").mkdir()
-        make_files(root / "in", PAIRS, 1, (f"{shard.shard}.parquet" for shard in shards))
+        make_files(root / "in", PAIRS, 1, (f"part-{n:06d}.parquet" for n in range(args.shards)))
+        inputs = list_inputs(spec.input, exclude=spec.output)
+        shards = make_shards(Path(output), inputs, args.files, "first")
     commit_all(dataset, shards, args.batch, "committing", result)
-
-    def list_inputs() -> list[str]:
-        # capfilt.inputs.list_inputs takes a spec; what it pays for is this listing.
-        return list(fsspec.filesystem("file").find(str(root / "in"), detail=True))
-
-    with result.seconds("listing the inputs alone"):
-        list_inputs()
-    with result.seconds("open, committed(), list, compare"):
-        dataset, pending = plan(output, list_inputs)
-    assert pending == 0
-    with result.seconds("committed() alone"):
-        committed = dataset.committed()
+    with result.seconds("planning with nothing to do"):
+        work = make_plan(spec, FINGERPRINTS, CuratedDataset.committed_in(output, {}))
+    assert (len(work.done), work.todo, work.gone) == (args.shards, (), ())
+    with result.seconds("  of it: listing the inputs"):
+        list_inputs(spec.input, exclude=spec.output)
+    with result.seconds("  of it: reading the log"):
+        committed = CuratedDataset.committed_in(output, {})
     assert sum(state.rows for state in committed.values()) == sum(shard.rows for shard in shards)
-    replaced = make_shards(Path(output), min(args.replace, args.shards), args.files, "second")
+    with result.seconds("opening for writing"):
+        dataset = CuratedDataset.for_writing(output, {})
+    replaced = make_shards(Path(output), inputs[: args.replace], args.files, "second")
     commit_all(dataset, replaced, args.batch, "replacing", result)
     dataset.register("second", {})
     with result.seconds("vacuum with nothing to delete"):

@@ -19,7 +19,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from capfilt.errors import CapfiltError, CheckpointError, ErrorBudgetError, InputError, RunInterruptedError
+from capfilt.errors import (
+    CapfiltError,
+    CheckpointError,
+    ErrorBudgetError,
+    InputError,
+    RunInterruptedError,
+    SpecError,
+)
 from capfilt.spec import CurateSpec, HubCheckpoint, LocalCheckpoint, load_spec, output_location
 
 if TYPE_CHECKING:
@@ -56,6 +63,10 @@ def run(spec: SpecFile, overrides: Overrides = None) -> None:
 
 
 def _run(spec: CurateSpec) -> Summary:
+    from capfilt.weights import inspect
+
+    for card in (spec.captioner, spec.filter):
+        inspect(card)  # before torch and Ray are loaded
     from capfilt.pipelines.curate import curate
 
     summaries: list[Summary] = []
@@ -85,7 +96,7 @@ def _native_noise_in_a_file() -> Iterator[Console]:
         with os.fdopen(os.dup(real), "w") as stream:
             yield Console(file=stream, soft_wrap=True)
         done = True
-    except (KeyboardInterrupt, ErrorBudgetError):  # Ray had no part in these
+    except (KeyboardInterrupt, ErrorBudgetError, SpecError, CheckpointError):  # Ray had no part in these
         done = True
         raise
     finally:
@@ -105,12 +116,15 @@ def check(spec: SpecFile, overrides: Overrides = None) -> None:
     from capfilt.fingerprints import run_fingerprints
     from capfilt.fragments import read_footer
     from capfilt.inputs import list_inputs
+    from capfilt.weights import inspect
 
     loaded = load_spec(spec, overrides or ())
     files = list_inputs(loaded.input, exclude=loaded.output)
     if not files:
         raise InputError(f"{spec}: {_NO_INPUT.format(output=loaded.output)}; name others")
     footer = read_footer(files[0], loaded.input.columns, loaded.input.storage_options)
+    for card in (loaded.captioner, loaded.filter):
+        inspect(card)
     prints = run_fingerprints(loaded)
     _say(f"{spec}: a valid {loaded.kind} spec")
     _say(
@@ -125,21 +139,20 @@ def check(spec: SpecFile, overrides: Overrides = None) -> None:
 
 def _whereabouts(checkpoint: HubCheckpoint | LocalCheckpoint) -> str:
     """Where a checkpoint is. A local one was read for its fingerprint; of a hub's, only the cache is looked at."""
-    from huggingface_hub import try_to_load_from_cache
-
     from capfilt.fingerprints import checkpoint_files
+    from capfilt.weights import cached
 
     if isinstance(checkpoint, LocalCheckpoint):
         return f"found in {checkpoint.path}"
     name = f"{checkpoint.hub} at {checkpoint.revision[:12]}"
-    config = try_to_load_from_cache(checkpoint.hub, "config.json", revision=checkpoint.revision)
-    if not isinstance(config, str):
+    directory = cached(checkpoint)
+    if directory is None:
         return f"{name} is not in the cache: will be fetched from the hub at first use"
     try:
-        checkpoint_files(Path(config).parent)
+        checkpoint_files(directory)
     except CheckpointError:
         return f"{name} is in the cache in part: the rest will be fetched from the hub at first use"
-    return f"{name} is in the cache: {Path(config).parent}"
+    return f"{name} is in the cache: {directory}"
 
 
 @app.command()
@@ -156,6 +169,8 @@ def plan(spec: SpecFile, overrides: Overrides = None) -> None:
         size = sum(file.size for file, reason in work.todo if reason is why)
         _say(f"curate {count:,} shards ({size:,} bytes): {why}")
     _say(f"leave {len(work.done):,} shards: up to date")
+    if work.moved:
+        _say(f"{work.moved:,} files have moved and keep their shards")
     if work.gone:
         _say(f"keep {len(work.gone):,} shards that are no longer among the inputs")
     if not work.todo:
@@ -303,6 +318,8 @@ def main() -> None:
     try:
         app()
     except CapfiltError as error:
+        for traceback in getattr(error, "__notes__", ()):  # a worker's, of what no one foresaw
+            _say(traceback.rstrip(), err)
         _say(f"capfilt: {error}", err)
         sys.exit(error.exit_code)
     except Exception as error:

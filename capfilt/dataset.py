@@ -386,6 +386,15 @@ class CuratedDataset:
         """The pairs, as :meth:`annotations`."""
         return self._read(PAIRS, version)
 
+    def pair_files(self, version: int | None = None) -> tuple[int, list[str]]:
+        """A version of the pairs: its number, and the URLs of the files that hold it, sorted.
+
+        Raises:
+            DatasetError: there is no such version.
+        """
+        delta = self._tables[PAIRS] if version is None else self._at(PAIRS, version)
+        return delta.version(), sorted(delta.file_uris())
+
     def quarantine(self, version: int | None = None) -> Any:
         """The quarantine, as :meth:`annotations`."""
         return self._read(QUARANTINE, version)
@@ -524,8 +533,11 @@ class CuratedDataset:
     def _read(self, table: str, version: int | None) -> Any:
         if version is None:
             return self._tables[table].to_pyarrow_dataset()
+        return self._at(table, version).to_pyarrow_dataset()
+
+    def _at(self, table: str, version: int) -> DeltaTable:
         try:
-            return self._connect(table, version).to_pyarrow_dataset()
+            return self._connect(table, version)
         except (DeltaError, OSError) as error:
             newest = self._connect(table).version()
             raise DatasetError(

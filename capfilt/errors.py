@@ -7,6 +7,7 @@
     ├── CheckpointError    a checkpoint cannot be found, trusted or loaded
     ├── DatasetError       the output tables are not what they should be
     │   └── ConflictError  another driver commits to the same output
+    ├── TrainingError      a training run cannot go on
     ├── ErrorBudgetError   too many rows are errors                      exit 3
     └── RunInterruptedError  Ctrl-C or SIGTERM, on the command line    exit 130
 
@@ -61,6 +62,10 @@ class DatasetError(CapfiltError):
 
 class ConflictError(DatasetError):
     """Another driver committed to the same output; this one must stop and start again."""
+
+
+class TrainingError(CapfiltError):
+    """A training run cannot go on: a loss that is not a number, data that run out, a state that does not fit."""
 
 
 class ErrorBudgetError(CapfiltError):

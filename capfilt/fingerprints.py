@@ -11,10 +11,10 @@ from typing import Any
 from capfilt.errors import CheckpointError
 from capfilt.spec import CurateSpec, HubCheckpoint, LocalCheckpoint
 
-CAPTION_CODE = 1
+CAPTION_CODE = 2
 """Raise it when preprocessing, prompting or sampling changes what any image's caption is."""
 
-SCORE_CODE = 1
+SCORE_CODE = 2
 """Raise it when clean-up, tokenisation or the filter's arithmetic changes any score."""
 
 DECIDE_CODE = 1

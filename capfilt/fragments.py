@@ -28,6 +28,10 @@ STATUS_COLUMNS = ("status",)
 ERROR_COLUMNS = ("error_message",)
 SHA256_COLUMNS = ("sha256",)
 
+_SLICES = 8
+"""Of one row group. pyarrow cannot skip rows, so each is decoded from the group's first row: eight read it 4.5 times,
+80 would read it 40 times."""
+
 _REREADS = 3  # a page that fails to decode so many times in a row is corrupt, not unlucky
 
 
@@ -117,16 +121,31 @@ class Row:
 # --- footers and splitting ---
 
 
-def read_footer(file: InputFile, columns: Columns, options: Mapping[str, Any]) -> Footer:
+def read_footer(
+    file: InputFile, columns: Columns, options: Mapping[str, Any], pauses: Sequence[float] = STORE_PAUSES
+) -> Footer:
     """Read one footer.
 
+    Args:
+        pauses: seconds to wait before each further try at a store that fails.
+
     Raises:
-        InputError: the file is not Parquet, is truncated, or lacks a usable column; the message names the file.
+        InputError: the file is not Parquet, is truncated, or lacks a usable column, or its store keeps failing; the
+            message names the file.
     """
-    with Opened(file.path, options) as parquet:
-        layout = recognise(parquet.schema_arrow, columns, file.path)
-        meta = parquet.metadata
-        return Footer(layout, tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups)))
+    for pause in (*pauses, None):
+        opened = Opened(file.path, options)
+        try:
+            with opened as parquet:
+                layout = recognise(parquet.schema_arrow, columns, file.path)
+                meta = parquet.metadata
+                return Footer(layout, tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups)))
+        except InputError:
+            final = (FileNotFoundError, PermissionError)  # a store may list what it lets no one read
+            if pause is None or opened.failed is None or isinstance(opened.failed, final):
+                raise
+        time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
 
 
 def recognise(schema: pa.Schema, columns: Columns, path: str) -> Layout:
@@ -198,7 +217,10 @@ def cut(
 ) -> list[tuple[int, int]]:
     """Cut rows [start, stop) into ranges of at most `fragment_rows`, along row groups where they allow.
 
-    Small row groups are joined, large ones sliced; no range holds rows of a large one and of another.
+    Small row groups are joined, large ones sliced; no range holds rows of a large one and of another. A slice is at
+    least an eighth of its row group, so longer than `fragment_rows` where the group has more than eight times as many
+    rows: to read a slice is to decode its group from the first row on, and the slices of one together come to 4.5
+    times its bytes at most.
 
     Returns:
         Non-empty ranges in order that cover [start, stop) exactly; `[(0, 0)]` for a file of no rows.
@@ -218,7 +240,7 @@ def cut(
         if b - begin > fragment_rows and end > begin:
             ranges.append((begin, end))
             begin = a
-        pieces = -(-(b - begin) // fragment_rows)
+        pieces = -(-(b - begin) // max(fragment_rows, -(-rows // _SLICES)))
         cuts = [begin + (b - begin) * i // pieces for i in range(pieces + 1)]
         ranges += list(itertools.pairwise(cuts[:-1]))
         begin, end = cuts[-2], b
@@ -248,6 +270,7 @@ def read_rows(
     Raises:
         InputError: the file changed since it was listed, or its store fails (another try may succeed). The rows that
             came before it are then void.
+        MemoryError: there is no memory to read or decode into; the file is not to blame.
     """
     path = fragment.file.path
     position = fragment.start
@@ -265,6 +288,8 @@ def read_rows(
                         position, failures = row.row + 1, 0
             if position < fragment.stop:
                 raise InputError(f"{path}: holds fewer rows than when it was listed; run again")
+        except MemoryError:  # Arrow's own is one, too
+            raise
         except Exception as error:  # noqa: BLE001  every store raises its own kinds; re-raised where it is none
             failures += 1
             if _another_try(opened, error, failures, pauses):

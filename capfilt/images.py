@@ -71,8 +71,10 @@ def decode(data: bytes, limits: Images, scratch: npt.NDArray[np.uint8] | None = 
             The picture is then good until the next use of it.
 
     Raises:
-        ImageError: for whatever is wrong with the image, with its reason; nothing else leaves but KeyboardInterrupt
-            and its like.
+        ImageError: for whatever is wrong with the image, with its reason; nothing else leaves but MemoryError and
+            KeyboardInterrupt and its like.
+        MemoryError: there is no memory to decode into; the image is not to blame. Not of what libwebp and libjpeg need
+            for themselves: they do not say why they fail.
     """
     if not data:
         raise ImageError(Reason.EMPTY_IMAGE, "zero bytes")
@@ -82,7 +84,7 @@ def decode(data: bytes, limits: Images, scratch: npt.NDArray[np.uint8] | None = 
     _here.max_pixels = limits.max_pixels
     try:
         return Picture(_decode(data, format_, scratch), format_)
-    except ImageError:
+    except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow raises anything from struct.error to ZeroDivisionError; the row records it
         message = re.sub(r"\s+", " ", str(error))[:200] or type(error).__name__
@@ -188,6 +190,8 @@ _SCAN_PIXELS = 2**31
 An honest picture has one scan, or about ten where it is progressive; 16 are always allowed, 1000 never."""
 _TILE_PIXELS = 2**20
 """Size up to which a TIFF's tile may be larger than images.max_pixels."""
+_MAX_SIDE = 2**24
+"""Width or height. Of a row of 2 Gbit, which only a forged header has, Pillow says that there is no memory for it."""
 _MAX_STRIPS = 2**18
 """Strips or tiles of one TIFF: 64 Mpx in tiles of 16 x 16. Pillow builds a Python object for each, 5 us."""
 
@@ -240,7 +244,11 @@ def _decode(data: bytes, format_: str, scratch: npt.NDArray[np.uint8] | None) ->
 
 def _check_pixels(size: tuple[int, int]) -> None:
     limit = _here.max_pixels
-    if limit is not None and size[0] * size[1] > limit:
+    if limit is None:
+        return
+    if max(size) > _MAX_SIDE:
+        raise ImageError(Reason.TOO_MANY_PIXELS, f"{size[0]} x {size[1]} pixels claimed, a side above {_MAX_SIDE}")
+    if size[0] * size[1] > limit:
         detail = f"{size[0]} x {size[1]} pixels claimed, above images.max_pixels ({limit})"
         raise ImageError(Reason.TOO_MANY_PIXELS, detail)
 
@@ -335,6 +343,8 @@ def _orientation(image: Image.Image) -> int:
     """EXIF (or XMP) orientation, 1-8; 1 where there is none left (Pillow turns TIFFs itself) or it cannot be read."""
     try:
         value = image.getexif().get(0x0112)
+    except MemoryError:
+        raise
     except Exception:  # noqa: BLE001  (junk there harms no pixel: there is no orientation to heed)
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1

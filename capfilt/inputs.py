@@ -10,9 +10,8 @@ import os
 import posixpath
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -24,6 +23,9 @@ from capfilt.errors import InputError
 from capfilt.spec import Input
 
 STORE_PAUSES = (0.5, 2.0)  # seconds before a store that failed is tried again; the stores' clients retry too
+UNSEEN = "unseen"
+"""`input_id` of a file that could not be looked at. No file has it, so that nothing read from it is ever committed."""
+
 _REMOTE_BUFFER = 8 * 2**20
 _TAIL = 64 * 2**10
 
@@ -40,9 +42,11 @@ class InputFile:
 
     Attributes:
         path: absolute local path or URL.
-        shard: name of the shard: the file's stem and a hash of `path`, of [A-Za-z0-9._-]; unique among inputs.
+        shard: name of the shard, of [A-Za-z0-9._-]; unique among inputs: the file's stem and a hash of `path`, or of
+            the path it had when it was first curated (capfilt.plan).
         input_id: content identity from the listing: the store's ETag or other content tag where it has one, else size
-            and modification time (of a symlink's target), else size and a hash of the file's end, its footer.
+            and modification time (of a symlink's target), else size and a hash of the file's end, its footer. UNSEEN
+            where the file is listed and not there, as a symlink to nothing is; reading its footer says why.
         size: bytes.
     """
 
@@ -62,6 +66,7 @@ def list_inputs(spec: Input, exclude: str | None = None) -> list[InputFile]:
     Parquet reader does. A path that exists is taken literally, whatever glob characters it holds. Symlinks to files
     are inputs like others, under their own names; a symlinked directory may be named in the spec, but those found
     below one are not followed. Nothing is read, except the files' ends in a store that stamps its files with nothing.
+    A file that is gone before it is looked at is listed still, for the run to name it as a failure of its own.
 
     Args:
         exclude: a directory whose files are no inputs (the output, should it lie inside an input directory), also
@@ -78,9 +83,9 @@ def list_inputs(spec: Input, exclude: str | None = None) -> list[InputFile]:
         found.update(files)
     if exclude is not None:
         prefix = _real(exclude).rstrip("/") + "/"
-        found = {
-            path: file for path, file in found.items() if not _real(posixpath.dirname(path) + "/").startswith(prefix)
-        }
+        folders = {posixpath.dirname(path) for path in found}
+        inside = {folder for folder in folders if _real(folder + "/").startswith(prefix)}
+        found = {path: file for path, file in found.items() if posixpath.dirname(path) not in inside}
     return [found[path] for path in sorted(found)]
 
 
@@ -110,6 +115,8 @@ def _find(fs: Any, path: str, root: str) -> list[Mapping[str, Any]]:
     """What the store says of each file at `path`, whose name in the store is `root`."""
     if glob.has_magic(path) and not fs.exists(root):
         infos = fs.glob(root, detail=True).values()
+    elif is_local(fs) and os.path.isdir(root):
+        return [{"name": name} for name in _walk(root)]
     elif fs.isdir(root):
         infos = [
             info
@@ -118,23 +125,45 @@ def _find(fs: Any, path: str, root: str) -> list[Mapping[str, Any]]:
         ]
     else:
         infos = [fs.info(root)]
-    linked = os.path.isdir if is_local(fs) else lambda _: False  # a link to a directory is listed as no directory
-    return [info for info in infos if info["type"] != "directory" and not linked(info["name"])]
+    infos = [info for info in infos if info["type"] != "directory"]  # which a local link to one is not
+    return [info for info in infos if not (is_local(fs) and info["islink"] and os.path.isdir(info["name"]))]
+
+
+def _walk(root: str) -> Iterator[str]:
+    """Local Parquet files below a directory, hidden names left out; fsspec's own search looks at each file as well."""
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # a directory removed meanwhile has no files
+            raise error
+
+    for folder, below, names in os.walk(root, onerror=fail):
+        below[:] = [name for name in below if not name.startswith((".", "_"))]
+        for name in names:
+            if name.endswith(".parquet") and not name.startswith((".", "_")):
+                yield os.path.join(folder, name)
 
 
 def _input_file(fs: Any, info: Mapping[str, Any], asked: str, root: str) -> InputFile:
-    name = info["name"]
-    path = name if is_local(fs) else _url(fs, name, asked, root)
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "_", posixpath.basename(name).removesuffix(".parquet"))[:60]
-    digest = hashlib.blake2b(path.encode(), digest_size=8).hexdigest()
-    if is_local(fs):
-        try:
+    local, name = is_local(fs), info["name"]
+    path = name if local else _url(fs, name, asked, root)
+    title = re.sub(r"[^A-Za-z0-9._-]+", "_", posixpath.basename(name).removesuffix(".parquet"))[:60]
+    digest = hashlib.blake2b(path.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+    shard = f"{title}-{digest}"
+    try:
+        if local:
             info = _stat(name)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {one_line(error)}") from error
-    elif _stamp(info) is None:  # a web server's index says less than its answer for one file
-        info = fs.info(name)
-    return InputFile(path, f"{stem}-{digest}", _identity(fs, name, info), int(info["size"] or 0))
+        elif _stamp(info) is None:  # a web server's index says less than its answer for one file
+            info = fs.info(name)
+        return InputFile(path, shard, _identity(fs, name, info), int(info["size"] or 0))
+    except OSError as error:
+        if not (local or isinstance(error, FileNotFoundError)):
+            raise
+        return InputFile(path, shard, UNSEEN, 0)
+
+
+def stem(shard: str) -> str:
+    """What a shard's name has of its file's name, whatever the directory."""
+    return shard.rpartition("-")[0]
 
 
 def _url(fs: Any, name: str, asked: str, root: str) -> str:
@@ -152,7 +181,7 @@ def _url(fs: Any, name: str, asked: str, root: str) -> str:
 
 def _stat(name: str) -> dict[str, Any]:
     """Size and time of a local file, of its target where it is a symlink."""
-    stat = Path(name).stat()
+    stat = os.stat(name)  # noqa: PTH116  making a Path costs as much as the look
     return {"size": stat.st_size, "mtime": stat.st_mtime}
 
 
@@ -236,13 +265,17 @@ class Opened:
         return self._unopened or getattr(self._handle, "failed", None)
 
     def __enter__(self) -> pq.ParquetFile:
-        """Raises InputError for what is no Parquet file, and for a store that fails."""
+        """Raises InputError for what is no Parquet file, and for a store that fails; MemoryError."""
         try:
             buffer = self._open()
             return pq.ParquetFile(self._handle, buffer_size=buffer, pre_buffer=False)
+        except MemoryError:
+            self.__exit__()
+            raise
         except Exception as error:  # every store raises its own kinds
             self.__exit__()
-            what = "cannot be read" if self.failed else "not readable as Parquet"
+            unread = self.failed or (isinstance(error, OSError) and error.errno is not None)
+            what = "cannot be read" if unread else "not readable as Parquet"
             raise InputError(f"{self.path}: {what}: {one_line(error)}") from error
 
     def _open(self) -> int:
@@ -278,6 +311,8 @@ def current_identity(file: InputFile, options: Mapping[str, Any], pauses: Sequen
             fs, name = fsspec.core.url_to_fs(file.path, **options)
             fs.invalidate_cache()
             return _identity(fs, name, _stat(name) if is_local(fs) else fs.info(name))
+        except MemoryError:
+            raise
         except Exception as error:  # every store raises its own kinds
             if pause is None or isinstance(error, FileNotFoundError):
                 raise InputError(f"{file.path}: cannot be read any more: {one_line(error)}") from error

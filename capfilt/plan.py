@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter, defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from capfilt.dataset import ShardState
 from capfilt.fingerprints import Fingerprints
-from capfilt.inputs import InputFile, list_inputs
+from capfilt.inputs import InputFile, list_inputs, stem
 from capfilt.spec import CurateSpec
 
 
@@ -31,11 +31,14 @@ class Plan:
         todo: input files to curate, in order, each with its reason.
         done: shards committed and up to date.
         gone: committed shards that are no longer among the inputs; they stay in the dataset.
+        moved: how many files have another path than when they were curated, and keep their shards; they are in `todo`
+            or `done` like any other.
     """
 
     todo: tuple[tuple[InputFile, Why], ...]
     done: tuple[str, ...]
     gone: tuple[str, ...]
+    moved: int = 0
 
     @property
     def reasons(self) -> Counter[Why]:
@@ -49,14 +52,33 @@ def make_plan(spec: CurateSpec, fingerprints: Fingerprints, committed: Mapping[s
     Raises:
         InputError: the inputs cannot be listed.
     """
-    files = list_inputs(spec.input, exclude=spec.output)
+    listed = list_inputs(spec.input, exclude=spec.output)
+    files = _keep_shards(listed, committed)
     reasons = [(file, _why(file, fingerprints, committed.get(file.shard))) for file in files]
     names = {file.shard for file in files}
     return Plan(
         todo=tuple((file, why) for file, why in reasons if why is not None),
         done=tuple(file.shard for file, why in reasons if why is None),
         gone=tuple(sorted(shard for shard in committed if shard not in names)),
+        moved=sum(was is not now for was, now in zip(listed, files, strict=True)),
     )
+
+
+def _keep_shards(files: Sequence[InputFile], committed: Mapping[str, ShardState]) -> list[InputFile]:
+    """Give files that were moved the shards they had, which the names of others' paths would make new ones.
+
+    A new file has moved if a shard was made from a file of its name and content that is no longer listed. Of several
+    such files and shards, the first by path takes the first by name.
+    """
+    left: dict[tuple[str, str], deque[str]] = defaultdict(deque)
+    for shard in sorted(committed.keys() - {file.shard for file in files}):
+        left[stem(shard), committed[shard].provenance.input_id].append(shard)
+
+    def keep(file: InputFile) -> InputFile:
+        same = None if file.shard in committed else left.get((stem(file.shard), file.input_id))
+        return replace(file, shard=same.popleft()) if same else file
+
+    return [keep(file) for file in files]
 
 
 def _why(file: InputFile, now: Fingerprints, state: ShardState | None) -> Why | None:

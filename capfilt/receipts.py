@@ -7,7 +7,9 @@ finished and not yet committed. A shard is committed when its receipts cover all
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import uuid
 from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +23,7 @@ from capfilt.dataset import DIRECTORIES, Counts, DataFile, Provenance, ShardComm
 from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE
 
 RECEIPTS = "_runs/receipts"
+_RUN = re.compile(r"\.([^./]+)\.json(?:\.tmp)?$")
 
 
 class Receipt(BaseModel):
@@ -104,15 +107,23 @@ def store(receipt: Receipt, output: str, options: Mapping[str, Any]) -> None:
     """
     fs, root = fsspec.core.url_to_fs(output, **options)
     directory = f"{root}/{RECEIPTS}/{receipt.shard}"
-    name = f"{directory}/{receipt.start:09d}-{receipt.stop:09d}-{uuid.uuid4().hex[:8]}.json"
+    run = receipt.provenance.run
+    name = f"{directory}/{receipt.start:09d}-{receipt.stop:09d}-{uuid.uuid4().hex[:8]}.{run}.json"
     text = receipt.model_dump_json().encode()
-    if "file" in fs.protocol:
-        os.makedirs(directory, exist_ok=True)
-        with open(f"{name}.tmp", "wb") as file:
-            file.write(text)
-        Path(f"{name}.tmp").replace(name)
-    else:
+    if "file" not in fs.protocol:
         fs.pipe_file(name, text)
+        return
+    for last in (False, False, True):
+        os.makedirs(directory, exist_ok=True)
+        try:
+            with open(f"{name}.tmp", "wb") as file:
+                file.write(text)
+        except FileNotFoundError:  # another run, at its end, has just removed the empty folder
+            if last:
+                raise
+        else:
+            Path(f"{name}.tmp").replace(name)
+            return
 
 
 def adopt(
@@ -170,11 +181,19 @@ def gaps(receipts: Sequence[Receipt], rows: int) -> list[tuple[int, int]]:
 def unfinished(output: str, options: Mapping[str, Any]) -> bool:
     """Whether receipts are stored: an earlier run did not come to its end."""
     fs, root = fsspec.core.url_to_fs(output, **options)
-    return bool(fs.exists(f"{root}/{RECEIPTS}"))
+    return bool(fs.find(f"{root}/{RECEIPTS}"))
 
 
-def discard(output: str, options: Mapping[str, Any]) -> None:
-    """Remove every stored receipt: after a run that finished and fenced off all others, none is of use."""
+def discard(output: str, options: Mapping[str, Any], closed: Container[str]) -> None:
+    """Remove the stored receipts of closed runs, whose files may be gone, and whatever is no receipt at all."""
     fs, root = fsspec.core.url_to_fs(output, **options)
-    if fs.exists(f"{root}/{RECEIPTS}"):
-        fs.rm(f"{root}/{RECEIPTS}", recursive=True)
+    fs.invalidate_cache()
+    names = fs.find(f"{root}/{RECEIPTS}")
+    runs = {name: _RUN.search(name) for name in names}
+    if doomed := [name for name, run in runs.items() if run is None or run[1] in closed]:
+        fs.rm(doomed)
+    if "file" in fs.protocol:
+        folder = Path(f"{root}/{RECEIPTS}")
+        for empty in [*folder.glob("*"), folder]:
+            with contextlib.suppress(OSError):  # another run's receipt is in it, or has just been put there
+                empty.rmdir()

@@ -247,7 +247,7 @@ class CurateSpec(_Model):
     input: Input
     output: OutputLocation = Field(description="Directory or URL of the curated dataset; without `%`.")
     output_options: StorageOptions = Field(
-        default={}, description="For the output's store: endpoint, profile, region, ... never a secret."
+        default={}, description="For the output's store: endpoint_url, region, ... never a secret."
     )
     captioner: CaptionerCard = Field(description="A card, or the path of one.")
     filter: FilterCard = Field(description="A card, or the path of one.")
@@ -255,10 +255,18 @@ class CurateSpec(_Model):
     thresholds: ThresholdsOverride | None = Field(default=None, description="In place of the filter card's, each.")
     images: Images = Images()
     fragment_rows: int = Field(
-        default=1000, ge=1, le=1_000_000, description="Rows of one unit of work; what a crash can cost."
+        default=1000,
+        ge=1,
+        le=1_000_000,
+        description="Rows of one unit of work; what a crash can cost. A row group is cut into eight at most, so a unit "
+        "is larger where a row group has more than eight times as many rows.",
     )
     max_error_fraction: float = Field(
-        default=0.1, ge=0, le=1, description="Error rows tolerated, as a fraction of the run's rows."
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Error rows tolerated, as a fraction of the run's rows. A run of which, after 10,000 rows or more, "
+        "most are errors stops early, too.",
     )
     ray: Ray = Ray()
 
@@ -283,6 +291,112 @@ class CurateSpec(_Model):
             min_actors=max(a.min_actors, b.min_actors),
             max_actors=max(a.max_actors, b.max_actors),
         )
+
+
+# --- training ---
+
+
+class Tower(_Model):
+    """A transformer."""
+
+    width: int = Field(ge=8, le=8192, description="Of hidden states; a multiple of heads.")
+    depth: int = Field(ge=1, le=96, description="Layers.")
+    heads: int = Field(ge=1, le=128)
+    mlp: int = Field(ge=8, le=65536, description="Width of the feed-forward layer.")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Tower:
+        if self.width % self.heads:
+            raise ValueError(f"width ({self.width}) is not a multiple of heads ({self.heads})")
+        return self
+
+
+class VisionTower(Tower):
+    """The vision transformer."""
+
+    patch: int = Field(default=16, ge=2, le=64, description="Side of a patch in pixels.")
+    drop_path: float = Field(default=0.0, ge=0, lt=1, description="Of the last layer; rises from 0.")
+
+
+class TextTower(Tower):
+    """The text transformer, BERT with attention to images."""
+
+    positions: int = Field(default=512, ge=8, le=8192, description="Longest text in tokens.")
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="Of hidden states and attention.")
+
+
+class Architecture(_Model):
+    """A MED. `base` and `large` are BLIP's ViT-B/16 and ViT-L/16, both with a text transformer like BERT-base."""
+
+    vision: VisionTower
+    text: TextTower
+    joint: int = Field(default=256, ge=8, le=4096, description="Width of the embeddings that ITC compares.")
+
+
+_BERT_BASE = TextTower(width=768, depth=12, heads=12, mlp=3072)
+ARCHITECTURES = {
+    "base": Architecture(vision=VisionTower(width=768, depth=12, heads=12, mlp=3072), text=_BERT_BASE),
+    "large": Architecture(vision=VisionTower(width=1024, depth=24, heads=16, mlp=4096, drop_path=0.1), text=_BERT_BASE),
+}
+
+
+def _named_architecture(value: Any) -> Any:
+    if isinstance(value, str):
+        if value not in ARCHITECTURES:
+            raise ValueError(f"one of {', '.join(ARCHITECTURES)}, or vision and text spelt out")
+        return ARCHITECTURES[value]
+    return value
+
+
+class Optimiser(_Model):
+    """AdamW and its learning rate. The defaults are BLIP's pretraining of ViT-B (configs/pretrain.yaml)."""
+
+    lr: float = Field(default=3e-4, gt=0, le=1, description="Peak learning rate.")
+    schedule: Literal["decay", "cosine"] = Field(
+        default="decay", description="`decay`: times decay_rate an epoch (pretraining); `cosine`: to min_lr at the end."
+    )
+    decay_rate: float = Field(default=0.9, gt=0, le=1)
+    min_lr: float = Field(default=1e-6, ge=0, le=1)
+    warmup_steps: int = Field(default=3000, ge=0, description="Linear from warmup_lr.")
+    warmup_lr: float = Field(default=1e-6, ge=0, le=1)
+    weight_decay: float = Field(default=0.05, ge=0, le=1)
+    betas: tuple[float, float] = Field(default=(0.9, 0.999))
+    accumulate: int = Field(default=1, ge=1, le=4096, description="Batches a step.")
+    clip_norm: float | None = Field(default=None, gt=0, description="Of the gradient; as published, none.")
+
+
+class Augment(_Model):
+    """Random views of training images (salesforce/BLIP, data/__init__.py); the defaults are pretraining's."""
+
+    min_scale: float = Field(
+        default=0.2, gt=0, le=1, description="Smallest crop, of the image's area; BLIP fine-tunes with 0.5."
+    )
+    flip: float = Field(
+        default=0.5, ge=0, le=1, description="Probability of mirroring; 0 where captions say left or right."
+    )
+    operations: int = Field(
+        default=2, ge=0, le=10, description="RandAugment's, drawn for each image; each is applied half the time."
+    )
+    magnitude: float = Field(default=5, ge=0, le=10, description="Of the operations.")
+
+
+class PairSource(_Model):
+    """Image-text pairs to train on: a curated dataset, or plain Parquet (human pairs, or a raw web)."""
+
+    dataset: Location | None = Field(default=None, description="Output of a `curate` run.")
+    version: int | None = Field(default=None, ge=0, description="Of its pairs table; the newest if not given.")
+    texts: tuple[Literal["web", "synthetic"], ...] = Field(
+        default=("web", "synthetic"), min_length=1, description="Which kept texts of a dataset; each image draws one."
+    )
+    pairs: Input | None = Field(default=None, description="Parquet files of images and texts, in place of a dataset.")
+    weight: float = Field(default=1.0, gt=0, le=1000, description="Passes over it in one epoch; 0.5 is half of it.")
+    storage_options: StorageOptions = Field(default={}, description="Of the dataset's store; never a secret.")
+
+    @model_validator(mode="after")
+    def _one(self) -> PairSource:
+        if (self.dataset is None) == (self.pairs is None):
+            raise ValueError("give either dataset or pairs")
+        return self
 
 
 RunSpec = CurateSpec

@@ -1,11 +1,14 @@
 """A small learnable web: pictures of coloured shapes with captions, noisy in ways that are on record.
 
+``render`` writes the web, ``render_clean`` the human pairs and the test set beside it:
+
     <directory>/shards/00000.parquet ...   exactly the shape of img2dataset 1.47's Parquet output, its
                                            ``disable_all_reencoding`` mode: the bytes as the web served them
     <directory>/truth.parquet              what img2dataset cannot know: one row per row, keyed by (shard, row)
 
-There are 192 scenes (2 sizes, 6 colours, 4 shapes, 4 backgrounds). No word names two attributes, so a caption can be
-read back word by word. To extend the grammar, add an entry to one of the tables below.
+There are 192 scenes (2 sizes, 6 colours, 4 shapes, 4 backgrounds). No word names two attributes, so any caption, a
+model's too, can be read back word by word and judged against the scene on record (``is_true``). To extend the grammar,
+add an entry to one of the tables below.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import io
 import json
 import math
 import random
+import re
 import struct
 import tempfile
 import zlib
@@ -22,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +60,10 @@ TRUTH_SCHEMA = pa.schema(
         pa.field("truth_caption", pa.string()),  # a true caption; the web caption itself where clean
         pa.field("encoding", pa.string()),  # Encoding, null where broken
         pa.field("broken", pa.string()),  # Breakage, null where the image is usable
+        pa.field("size", pa.string()),  # the scene shown, or meant where broken
+        pa.field("colour", pa.string()),
+        pa.field("shape", pa.string()),
+        pa.field("background", pa.string()),
     ]
 )
 
@@ -164,6 +172,8 @@ _FREQUENCY = dict.fromkeys(Encoding, 2) | {
     Encoding.JPEG: 40, Encoding.JPEG_PROGRESSIVE: 14, Encoding.PNG: 12, Encoding.WEBP: 12,
     Encoding.JPEG_GREY: 1, Encoding.PNG_GREY16: 1, Encoding.PNG_1BIT: 1,
 }  # fmt: skip
+_PIXELS = (64, 96)
+_FEWEST_PIXELS = 32
 
 
 @dataclass(frozen=True)
@@ -182,17 +192,18 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "shape": tuple(SHAPES),
     "background": tuple(BACKGROUNDS),
 }
+SCENES = tuple(Scene(*values) for values in product(*ATTRIBUTES.values()))
 
 
 @dataclass(frozen=True)
 class Web:
-    """A rendered web. The counts add up to ``images``."""
+    """A rendered web."""
 
     directory: Path
     shards: tuple[Path, ...]
     truth: Path
     images: int
-    texts: Mapping[TextKind, int]
+    texts: Mapping[TextKind, int]  # adds up to the rows
     broken: Mapping[Breakage, int]
 
 
@@ -206,14 +217,37 @@ def caption(scene: Scene, rng: random.Random) -> str:
     return rng.choice(TEMPLATES).format(**vars(scene))
 
 
+def read_back(caption: str | None) -> dict[str, str] | None:
+    """The attributes that a caption names, in the order of ``ATTRIBUTES``; None where it names two values of one.
+
+    Case, punctuation, the order of the words and repetition do not matter. A caption names a scene whole where
+    ``read_back(caption) == vars(scene)``; one that names nothing gives an empty dictionary.
+    """
+    words = set(re.findall(r"[a-z]+", (caption or "").lower()))
+    named = {name: words.intersection(values) for name, values in ATTRIBUTES.items()}
+    if any(len(values) > 1 for values in named.values()):
+        return None
+    return {name: values.pop() for name, values in named.items() if values}
+
+
+def is_true(caption: str | None, scene: Scene) -> bool:
+    """Whether a caption says something of the scene and nothing that is wrong.
+
+    Naming some attributes is enough; naming none, or two values of one, is not. Words are read one by one, so "a red
+    background" passes for the red object that it was not said of.
+    """
+    named = read_back(caption) or {}
+    return bool(named) and named.items() <= vars(scene).items()
+
+
 def draw(scene: Scene, rng: random.Random, pixels: int) -> Image.Image:
     """An anti-aliased RGB picture of the scene, ``pixels`` square; ``rng`` moves, turns, tints and grains it.
 
     Raises:
         ValueError: ``pixels`` is below 32, where small objects blur into one another.
     """
-    if pixels < 32:
-        raise ValueError(f"pixels: {pixels} is too few to tell the shapes apart; ask for 32 or more")
+    if pixels < _FEWEST_PIXELS:
+        raise ValueError(f"pixels: {pixels} is too few to tell the shapes apart; ask for {_FEWEST_PIXELS} or more")
     oversampling = 4
     canvas = Image.new("RGB", (pixels * oversampling,) * 2, _tint(BACKGROUNDS[scene.background], rng))
     ImageDraw.Draw(canvas).polygon(_outline(scene, rng, canvas.width), fill=_tint(COLOURS[scene.colour], rng))
@@ -361,57 +395,64 @@ def render(
     shards: int = 6,
     noise: float = 0.5,
     broken: float = 0.03,
+    pixels: tuple[int, int] = _PIXELS,
     seed: int = 0,
 ) -> Web:
     """Write a web of ``images`` rows in ``shards`` files, split as evenly as they go.
 
     ``round(noise * images)`` captions are noise and ``round(broken * images)`` pictures broken, independently of each
-    other and each of all its kinds in equal number. Equal arguments write equal bytes. ``<directory>/shards`` appears
-    last and whole: where it exists, the web is complete.
+    other and each of all its kinds in equal number. A picture is a square with a side between the two ``pixels``. Equal
+    arguments write equal bytes. ``<directory>/shards`` appears last and whole: where it exists, the web is complete.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
         FileExistsError: ``<directory>/shards`` is there already; it is not touched.
     """
-    _check(images, shards, noise, broken)
-    target = Path(directory) / "shards"
-    if target.exists():
-        raise FileExistsError(f"{target}: a web is there already; remove it or render into another directory")
+    _check(images, shards, pixels)
+    for name, fraction in (("noise", noise), ("broken", broken)):
+        if not 0 <= fraction <= 1:  # NaN too
+            raise ValueError(f"{name}: {fraction} is not a fraction between 0 and 1")
     drafts = _drafts(images, noise, broken, seed)
-    bounds = [images * index // shards for index in range(shards + 1)]
-    capacity = math.ceil(images / shards)
-    truths: list[_Row] = []
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".rendering-") as scratch:
-        staged = Path(scratch) / "shards"
-        staged.mkdir()
-        for shard, (start, end) in enumerate(pairwise(bounds)):
-            rows = [_row(drafts, index, seed, _key(shard, index - start, capacity)) for index in range(start, end)]
-            _write([row for row, _ in rows], SHARD_SCHEMA, staged / _shard_name(shard))
-            truths += [
-                {"shard": _shard_name(shard), "row": position} | truth for position, (_, truth) in enumerate(rows)
-            ]
-        _write(truths, TRUTH_SCHEMA, Path(scratch) / "truth.parquet")
-        (Path(scratch) / "truth.parquet").replace(target.parent / "truth.parquet")
-        staged.rename(target)
-    return Web(
-        directory=target.parent,
-        shards=tuple(target / _shard_name(index) for index in range(shards)),
-        truth=target.parent / "truth.parquet",
-        images=images,
-        texts=Counter(draft.text for draft in drafts),
-        broken=Counter(draft.breakage for draft in drafts if draft.breakage is not None),
-    )
+    return _publish(directory, shards, _Lot(f"{seed}", drafts, pixels, _FREQUENCY, captions=1))
 
 
-def _check(images: int, shards: int, noise: float, broken: float) -> None:
+def render_clean(
+    directory: Path,
+    *,
+    images: int = len(SCENES),
+    shards: int = 1,
+    captions: int = 1,
+    pixels: tuple[int, int] = _PIXELS,
+    seed: int = 0,
+) -> Web:
+    """Write pairs as people would make them: every caption true and whole, every picture a plain JPEG in colour.
+
+    Scenes come in rounds, each in an order of its own: every 192 images from the first on show every scene once. So
+    192 images are a test set for retrieval in which each text has one image, and more are several such sets in a row.
+    An image has ``captions`` rows, one after the other in one shard, with equal url and sha256 and different templates.
+    No picture is one of ``render``'s; human pairs and a test set need different seeds.
+
+    Raises:
+        ValueError: an argument is out of range; the message names it.
+        FileExistsError: ``<directory>/shards`` is there already; it is not touched.
+    """
+    _check(images, shards, pixels)
+    if not 1 <= captions <= len(TEMPLATES):
+        raise ValueError(f"captions: {captions} is not between 1 and {len(TEMPLATES)}, the number of templates")
+    name = f"clean/{seed}"
+    rng = random.Random(name)
+    scenes = [shown for _ in range(0, images, len(SCENES)) for shown in rng.sample(SCENES, len(SCENES))]
+    drafts = [_Draft(shown, TextKind.CLEAN, None) for shown in scenes[:images]]
+    return _publish(directory, shards, _Lot(name, drafts, pixels, {Encoding.JPEG: 1}, captions))
+
+
+def _check(images: int, shards: int, pixels: tuple[int, int]) -> None:
     if images < 1:
         raise ValueError(f"images: {images} is not a positive number of images")
     if not 1 <= shards <= images:
         raise ValueError(f"shards: {shards} is not between 1 and images ({images}); a shard would be empty")
-    for name, fraction in (("noise", noise), ("broken", broken)):
-        if not 0 <= fraction <= 1:  # NaN too
-            raise ValueError(f"{name}: {fraction} is not a fraction between 0 and 1")
+    if not _FEWEST_PIXELS <= pixels[0] <= pixels[1]:
+        raise ValueError(f"pixels: {pixels} is not a range of sides from {_FEWEST_PIXELS} up")
 
 
 @dataclass(frozen=True)
@@ -421,7 +462,50 @@ class _Draft:
     breakage: Breakage | None
 
 
+@dataclass(frozen=True)
+class _Lot:
+    """What is rendered into one directory; ``name`` seeds it and makes its URLs."""
+
+    name: str
+    drafts: list[_Draft]
+    pixels: tuple[int, int]
+    encodings: Mapping[Encoding, int]  # to their frequency
+    captions: int
+
+
 _Row = dict[str, object]
+
+
+def _publish(directory: Path, shards: int, lot: _Lot) -> Web:
+    target = Path(directory) / "shards"
+    if target.exists():
+        raise FileExistsError(f"{target}: a web is there already; remove it or render into another directory")
+    images = len(lot.drafts)
+    bounds = [images * index // shards for index in range(shards + 1)]
+    capacity = math.ceil(images / shards) * lot.captions
+    truths: list[_Row] = []
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".rendering-") as scratch:
+        staged = Path(scratch) / "shards"
+        staged.mkdir()
+        for shard, (start, end) in enumerate(pairwise(bounds)):
+            pairs = [pair for index in range(start, end) for pair in _pairs(lot, index)]
+            rows = [row | {"key": _key(shard, position, capacity)} for position, (row, _) in enumerate(pairs)]
+            _write(rows, SHARD_SCHEMA, staged / _shard_name(shard))
+            truths += [
+                {"shard": _shard_name(shard), "row": position} | truth for position, (_, truth) in enumerate(pairs)
+            ]
+        _write(truths, TRUTH_SCHEMA, Path(scratch) / "truth.parquet")
+        (Path(scratch) / "truth.parquet").replace(target.parent / "truth.parquet")
+        staged.rename(target)
+    return Web(
+        directory=target.parent,
+        shards=tuple(target / _shard_name(index) for index in range(shards)),
+        truth=target.parent / "truth.parquet",
+        images=images,
+        texts=Counter(draft.text for draft in lot.drafts for _ in range(lot.captions)),
+        broken=Counter(draft.breakage for draft in lot.drafts if draft.breakage is not None),
+    )
 
 
 def _drafts(images: int, noise: float, broken: float, seed: int) -> list[_Draft]:
@@ -435,29 +519,29 @@ def _drafts(images: int, noise: float, broken: float, seed: int) -> list[_Draft]
     return [_Draft(scene(rng), text, broken_at.get(index)) for index, text in enumerate(texts)]
 
 
-def _row(drafts: list[_Draft], index: int, seed: int, key: str) -> tuple[_Row, _Row]:
-    """The shard's row and, but for its place, the truth's."""
-    draft = drafts[index]
-    rng = random.Random(f"{seed}/{index}")  # a generator a row: one row's changes leave the others alone
+def _pairs(lot: _Lot, index: int) -> list[tuple[_Row, _Row]]:
+    """The image's rows, a row for each of its captions: the shard's but for its key, the truth's but for its place."""
+    draft = lot.drafts[index]
+    rng = random.Random(f"{lot.name}/{index}")  # a generator an image: one's changes leave the others alone
     true_caption = caption(draft.scene, rng)
-    picture = draw(draft.scene, rng, rng.randint(64, 96))
+    picture = draw(draft.scene, rng, rng.randint(*lot.pixels))
     encoding: Encoding | None = None
     if draft.breakage is None:
-        encoding = rng.choices(list(_FREQUENCY), list(_FREQUENCY.values()))[0]
+        encoding = rng.choices(list(lot.encodings), list(lot.encodings.values()))[0]
         image: bytes | None = encode(picture, encoding, rng)
     else:
         image = spoil(picture, draft.breakage, rng)
-    row = dict.fromkeys(SHARD_SCHEMA.names) | {
-        "caption": _web_caption(drafts, index, true_caption, rng),
-        "url": f"https://toy.example/{seed}/{index}",
-        "key": key,
-    }
+    row: _Row = dict.fromkeys(SHARD_SCHEMA.names) | {"url": f"https://toy.example/{lot.name}/{index}"}
     if image is None:
         row |= {"status": "failed_to_download", "error_message": "HTTP Error 404: Not Found"}
     else:
         exif = _exif(image) if encoding is Encoding.JPEG_ROTATED else "{}"
         row |= {"status": "success", "exif": exif, "sha256": hashlib.sha256(image).hexdigest(), "jpg": image}
-    return row, {"truth": draft.text, "truth_caption": true_caption, "encoding": encoding, "broken": draft.breakage}
+    truth: _Row = {"truth": draft.text, "encoding": encoding, "broken": draft.breakage} | vars(draft.scene)
+    texts = [(_web_caption(lot.drafts, index, true_caption, rng), true_caption)]
+    others = [text for text in (words.format(**vars(draft.scene)) for words in TEMPLATES) if text != true_caption]
+    texts += [(text, text) for text in rng.sample(others, lot.captions - 1)]
+    return [(row | {"caption": web}, truth | {"truth_caption": true}) for web, true in texts]
 
 
 def _web_caption(drafts: list[_Draft], index: int, true_caption: str, rng: random.Random) -> str | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -132,6 +134,79 @@ def test_check_looks_for_hub_checkpoints_in_the_cache(spec: Path, monkeypatch: p
     assert "filter filter: o/filter at aaaaaaaaaaaa is not in the cache: will be fetched" in checked.stdout
     (snapshot / "model.safetensors").unlink()
     assert "o/captioner at aaaaaaaaaaaa is in the cache in part" in capfilt("check", spec).stdout
+
+
+def pickled(models: Path) -> None:
+    (models / "captioner" / "model.safetensors").rename(models / "captioner" / "pytorch_model.bin")
+
+
+def swapped(models: Path) -> None:
+    (models / "filter").rename(models / "a")
+    (models / "captioner").rename(models / "filter")
+    (models / "a").rename(models / "captioner")
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+@pytest.mark.parametrize(
+    ("harm", "override", "code", "message"),
+    [
+        (swapped, [], 1, "a captioner is a BlipForConditionalGeneration; this is a BlipForImageTextRetrieval"),
+        (None, ["captioner.image_size=30"], 2, "captioner: image_size 30 is not a multiple of the patch size 8"),
+        (None, ["filter.image_size=36"], 2, "filter: image_size 36 is not a multiple of the patch size 8"),
+        (pickled, [], 1, "pytorch_model.bin: a pickle, which the card does not allow"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_used_is_found_before_ray_starts(
+    spec: Path, command: str, harm: Callable[[Path], None] | None, override: list[str], code: int, message: str
+) -> None:
+    if harm:
+        harm(spec.parent / "models")
+    done = capfilt(command, spec, *(part for field in override for part in ("--set", field)))
+    assert done.returncode == code, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("capfilt: ")
+    assert message in line
+    assert done.stdout == ""
+    assert not (spec.parent / "out").exists()
+
+
+def test_check_loads_neither_torch_nor_ray(spec: Path) -> None:
+    loaded = "sorted({'torch', 'transformers', 'ray'} & set(sys.modules))"
+    code = (
+        f"import sys, atexit; atexit.register(lambda: print('loaded:', {loaded}))\nfrom capfilt.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, "check", str(spec)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "a valid curate spec" in done.stdout
+    assert done.stdout.splitlines()[-1] == "loaded: []"
+
+
+def test_a_mistyped_input_leaves_nothing_at_the_output(spec: Path) -> None:
+    done = capfilt("run", spec, "--set", "input.paths=[elsewhere]")
+    assert done.returncode == 1, done.stderr
+    assert "elsewhere: no such file or directory" in done.stderr
+    assert not (spec.parent / "out").exists()
+
+
+@pytest.mark.xfail(reason="curate blames the fragment for what is wrong with the spec")
+def test_what_a_worker_finds_wrong_with_the_spec_is_said_as_such(spec: Path) -> None:
+    done = capfilt("run", spec, "--set", "filter.max_tokens=512")
+    assert done.returncode == 2, done.stderr
+    assert "\ncapfilt: filter.max_tokens: 512 tokens, but " in f"\n{done.stderr}"
+    for elsewhere in ("00000-", "Traceback", "what Ray had to say"):  # no fragment's, worker's or Ray's doing
+        assert elsewhere not in done.stderr
+
+
+def test_what_no_one_foresaw_in_a_worker_shows_where(spec: Path) -> None:
+    receipts = spec.parent / "out" / "_runs" / "receipts"
+    receipts.parent.mkdir(parents=True)
+    receipts.write_text("a file where a directory must be")
+    done = capfilt("run", spec)
+    assert done.returncode == 1
+    assert re.search(r"^capfilt: a worker failed on 0000[01]-.*: (FileExists|NotADirectory)Error", done.stderr, re.M)
+    assert "Traceback (most recent call last)" in done.stderr
+    assert "receipts.py" in done.stderr
+    assert "cli.py" not in done.stderr  # the worker's, not the command line's
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
-from collections.abc import Iterator
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import duckdb
+import polars
 import pyarrow.parquet as pq
 import pytest
 from conftest import MakeSpec, jpeg, read, write_shard
@@ -97,16 +103,28 @@ def test_a_row_that_kills_its_worker_costs_one_row(make_spec: MakeSpec, tmp_path
     assert quarantined["image"] == jpeg(77)
 
 
-@pytest.mark.usefixtures("local_ray", "web")
-def test_read_delta_sees_the_same_rows(make_spec: MakeSpec) -> None:
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("table", ["annotations", "pairs"])
+def test_read_delta_sees_the_rows_that_other_readers_see(make_spec: MakeSpec, web: Path, table: str) -> None:
+    """Whole rows, in a dataset of which a shard was replaced: what the log no longer names is not read."""
     import ray.data
 
     spec = make_spec()
     run(spec)
-    rows = ray.data.read_delta(f"{spec.output}/annotations").take_all()
-    key = lambda row: (row["shard"], row["row"])  # noqa: E731
-    assert sorted(map(key, rows)) == [key(row) for row in read(spec.output)]
-    assert {key(row): row["texts"] for row in rows} == {key(row): row["texts"] for row in read(spec.output)}
+    write_shard(web / "00002.parquet", [*(jpeg(9000 + i) for i in range(28)), b"", None], [None, "", *["new"] * 28])
+    run(spec)
+    by_arrow, uri = read(spec.output, table), f"{spec.output}/{table}"
+    kept = sum(row["status"] == "kept" for row in read(spec.output))
+    assert len(by_arrow) == {"annotations": 330, "pairs": kept}[table]
+    dataset = getattr(CuratedDataset.for_reading(spec.output, {}), table)()
+    readers = {
+        "DuckDB": duckdb.from_arrow(dataset).to_arrow_table().to_pylist(),
+        "Polars": polars.read_delta(uri).to_dicts(),
+        "Ray": ray.data.read_delta(uri).take_all(),
+    }
+    for name, rows in readers.items():
+        assert sorted(rows, key=lambda row: (row["shard"], row["row"])) == by_arrow, name
+        assert [list(row) for row in rows] == [list(by_arrow[0])] * len(rows), name  # the columns' order
 
 
 @pytest.mark.usefixtures("local_ray", "web")
@@ -329,36 +347,110 @@ def test_a_few_early_errors_do_not_stop_a_run(make_spec: MakeSpec, tmp_path: Pat
     assert run(make_spec(fragment_rows=25)).counts.errors == 30
 
 
-@pytest.mark.usefixtures("web")
-def test_a_passing_failure_is_tried_again(make_spec: MakeSpec, tmp_path: Path) -> None:
-    failed: set[str] = set()
+def test_a_bad_shard_first_does_not_stop_a_run_within_its_budget(make_spec: MakeSpec, tmp_path: Path) -> None:
+    write_shard(tmp_path / "in" / "0.parquet", [b"<html>"] * 1100 + [jpeg(0)] * 100, row_group=600)
+    write_shard(tmp_path / "in" / "1.parquet", [None] * 20_000, row_group=5000)
+    summary = run(make_spec(max_error_fraction=0.1, fragment_rows=600))
+    assert (summary.counts.rows, summary.counts.errors) == (21_200, 1100)
 
-    def flaky(job: Job, work: Iterator[Fragment], load: LoadModels) -> Iterator[list[Receipt]]:
-        def once(fragment: Fragment) -> list[Receipt]:
-            if fragment.start and fragment.name not in failed:
-                failed.add(fragment.name)
-                where = job.provenance(fragment.file.input_id)
-                return [
+
+def test_a_run_of_which_most_is_errors_stops_early(make_spec: MakeSpec, tmp_path: Path) -> None:
+    for s in range(5):
+        write_shard(tmp_path / "in" / f"{s}.parquet", [b"<html>"] * 6000, row_group=6000)
+    spec = make_spec(max_error_fraction=0.45, fragment_rows=6000)
+    with pytest.raises(ErrorBudgetError, match=r"12,000 of 12,000 rows are errors"):
+        run(spec)
+
+
+def failing(fails: Callable[[Fragment], bool]) -> Execute:
+    """Runs fragments, but where the store fails."""
+
+    def execute(job: Job, work: Iterator[Fragment], load: LoadModels) -> Iterator[list[Receipt]]:
+        for fragment in work:
+            if fails(fragment):
+                yield [
                     Receipt(
                         shard=fragment.file.shard,
                         start=fragment.start,
                         stop=fragment.stop,
                         file_rows=fragment.file_rows,
-                        provenance=where,
+                        provenance=job.provenance(fragment.file.input_id),
                         failure="503 slow down",
                     )
                 ]
-            return next(iter(in_process(job, iter([fragment]), load)))
+            else:
+                yield from in_process(job, iter([fragment]), load)
 
-        yield from map(once, work)
+    return execute
+
+
+@pytest.mark.usefixtures("web")
+def test_a_passing_failure_is_tried_again(make_spec: MakeSpec, tmp_path: Path) -> None:
+    failed: set[str] = set()
+
+    def once(fragment: Fragment) -> bool:
+        fails = fragment.start > 0 and fragment.name not in failed
+        failed.add(fragment.name)
+        return fails
 
     whole = make_spec(output=str(tmp_path / "whole"))
     run(whole)
     spec = make_spec()
-    summary = run(spec, execute=lambda *arguments: (receipts for receipts in flaky(*arguments)))
+    summary = run(spec, execute=failing(once))
     assert failed
     assert summary.failures == {}
     assert comparable(spec.output) == comparable(whole.output)
+
+
+def test_a_shard_that_is_given_up_takes_no_late_receipt(make_spec: MakeSpec, web: Path) -> None:
+    failed: set[str] = set()
+
+    def fails(fragment: Fragment) -> bool:
+        """The second shard: its first fragment always, the others once."""
+        again = fragment.start > 0 and fragment.name in failed
+        failed.add(fragment.name)
+        return fragment.file.path.endswith("00001.parquet") and not again
+
+    spec = make_spec(max_error_fraction=0.5)
+    summary = run(spec, execute=failing(fails))
+    assert (summary.outcome, summary.shards) == ("done", 3)
+    assert summary.failures == {str(web / "00001.parquet"): "503 slow down"}
+    assert len(read(spec.output)) == 300
+
+
+@pytest.mark.usefixtures("web")
+def test_an_interrupt_during_a_commit_waits_for_its_end(make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    logged = Path(spec.output) / "annotations" / "_delta_log" / f"{1:020d}.json"
+
+    def interrupt() -> None:
+        while not logged.exists():
+            time.sleep(0.0001)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    reports: list[Summary] = []
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            curate(spec, load=load_hash, execute=in_process, console=Console(file=io.StringIO()), report=reports.append)
+    finally:
+        interrupter.join()
+    dataset = CuratedDataset.for_reading(spec.output, {})
+    committed = dataset.committed()
+    assert (reports[0].shards, len(committed)) == (4, 4)
+    assert dataset.pairs().count_rows() == sum(state.counts.kept for state in committed.values())
+
+
+@pytest.mark.usefixtures("web")
+def test_the_end_of_a_run_leaves_the_receipts_of_another(make_spec: MakeSpec) -> None:
+    spec = make_spec()
+    others = RECEIPTS + "/0-other/000000000-000000010-0123abcd.20990101T000000-0123abcd.json"
+    path = Path(spec.output) / others
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    run(spec)
+    assert [str(p) for p in (Path(spec.output) / RECEIPTS).rglob("*.json")] == [str(path)]
 
 
 def test_a_worker_that_dies_after_storing_its_receipt_blocks_nothing(make_spec: MakeSpec, tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import cProfile
 import gc
+import itertools
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -99,7 +103,7 @@ class _StoreFile:
         return getattr(self.file, name)
 
     def __enter__(self) -> Any:
-        return self.file.__enter__()
+        return self
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -190,11 +194,84 @@ def test_symlinks_are_inputs_with_their_targets_identity(tmp_path: Path) -> None
     assert listed(snapshot)[0].input_id == current_identity(file, {})
 
 
-def test_a_symlink_to_nothing_is_named(tmp_path: Path) -> None:
-    write_shard(tmp_path / "0.parquet", [jpeg(0)])
+@pytest.mark.parametrize("asked", ["", "*.parquet"])
+def test_a_symlink_to_nothing_is_that_files_failure(tmp_path: Path, asked: str) -> None:
+    for name in ("0.parquet", "2.parquet"):
+        write_shard(tmp_path / name, [jpeg(0)] * 3)
     (tmp_path / "1.parquet").symlink_to(tmp_path / "gone")
-    with pytest.raises(InputError, match=r"1\.parquet"):
-        listed(tmp_path)
+    first, broken, last = listed(tmp_path / asked)
+    assert [len(list(read_rows(whole(file), {}))) for file in (first, last)] == [3, 3]
+    with pytest.raises(InputError, match=r"1\.parquet: cannot be read: FileNotFoundError"):
+        read_footer(broken, Columns(), {})
+    write_shard(tmp_path / "gone", [jpeg(0)] * 3)  # it may come yet, but as what the plan does not know
+    with pytest.raises(InputError, match="changed during the run"):
+        list(read_rows(whole(broken), {}))
+
+
+def test_a_name_that_is_no_text_is_that_files_failure(tmp_path: Path) -> None:
+    write_shard(tmp_path / "0.parquet", [jpeg(0)])
+    shutil.copy(tmp_path / "0.parquet", os.fsencode(tmp_path) + b"/\xff.parquet")
+    good, odd = listed(tmp_path)
+    assert read_footer(good, Columns(), {}).rows == 1
+    with pytest.raises(InputError, match=r"\.parquet: not readable as Parquet: UnicodeEncodeError"):
+        read_footer(odd, Columns(), {})
+
+
+def test_a_symlink_to_nothing_asked_for_by_name_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "1.parquet").symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"1\.parquet: no such file"):
+        listed(tmp_path / "1.parquet")
+
+
+def test_a_stores_file_that_vanishes_while_it_is_listed_is_that_files_failure(
+    store: Callable[[bytes], InputFile], tmp_path: Path
+) -> None:
+    StoreFS.stamps = {}  # so that the listing has to look at the file itself
+    data = noise(5, tmp_path / "x")
+    before = store(data)
+    StoreFS.fail = staticmethod(lambda _: FileNotFoundError("gone"))
+    file = store(data)
+    assert (file.path, file.shard) == (before.path, before.shard)
+    with pytest.raises(InputError, match=r"teststore://host/in/0\.parquet: cannot be read: FileNotFoundError"):
+        read_footer(file, Columns(), {})
+
+
+def test_a_directory_that_cannot_be_listed_is_named(tmp_path: Path) -> None:
+    """Its path is too long here: that is closed to root as well."""
+    write_shard(tmp_path / "in" / "0.parquet", [jpeg(0)])
+    folder = os.open(tmp_path / "in", os.O_RDONLY)
+    for _ in range(17):
+        os.mkdir("d" * 250, dir_fd=folder)
+        outer, folder = folder, os.open("d" * 250, os.O_RDONLY, dir_fd=folder)
+        os.close(outer)
+    os.close(folder)
+    with pytest.raises(InputError, match=r"in: cannot be listed: OSError: .* too long"):
+        listed(tmp_path / "in")
+    shutil.rmtree(tmp_path / "in")
+
+
+def test_a_file_costs_one_look_at_the_disk(tmp_path: Path) -> None:
+    """A listing of 100,000 files is most of what a run with nothing to do costs."""
+    for n in range(300):
+        (tmp_path / "in" / str(n % 3)).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / str(n % 3) / f"{n}.parquet").touch()
+    with cProfile.Profile() as profile:
+        files = listed(tmp_path / "in", exclude=str(tmp_path / "out"))
+    looks = [entry for entry in profile.getstats() if re.search(r"\b(l?stat|readlink)\b", str(entry.code))]
+    assert len(files) == 300
+    assert 300 <= sum(entry.callcount for entry in looks) < 350
+
+
+def test_a_linked_file_lies_where_its_link_does(tmp_path: Path) -> None:
+    """Whether a file is in the output is for its directory to say, file by file or once for all."""
+    kept = write_shard(tmp_path / "out" / "kept.parquet", [jpeg(0)])
+    blob = write_shard(tmp_path / "blobs" / "b.parquet", [jpeg(0)])
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "kept.parquet").symlink_to(kept)
+    (tmp_path / "out" / "b.parquet").symlink_to(blob)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    asked = [tmp_path / "in", tmp_path / "link", tmp_path / "out" / "b.parquet", tmp_path / "link" / "*.parquet"]
+    assert [file.path for file in listed(*asked, exclude=str(tmp_path / "out"))] == [str(tmp_path / "in/kept.parquet")]
 
 
 def test_what_exists_is_no_glob(tmp_path: Path) -> None:
@@ -333,13 +410,25 @@ def test_cut_covers_the_rows_exactly(groups: list[int], size: int, data: st.Data
         assert ranges == [(0, 0)]
         return
     assert [row for a, b in ranges for row in range(a, b)] == list(range(start, stop))
-    assert all(0 < b - a <= size for a, b in ranges)
+    assert all(0 < b - a <= max(size, -(-max(groups) // 8)) for a, b in ranges)
+
+
+@given(st.lists(st.integers(1, 500), min_size=1, max_size=6), st.integers(1, 50))
+def test_cut_bounds_how_often_a_row_group_is_decoded(groups: list[int], size: int) -> None:
+    """A slice is decoded from its row group's first row on."""
+    edges = list(itertools.accumulate(groups, initial=0))
+    for first, last in itertools.pairwise(edges):
+        stops = [min(b, last) for a, b in cut(groups, size) if a < last and b > first]
+        assert len(stops) <= 8
+        assert sum(stop - first for stop in stops) <= 4.5 * (last - first)
 
 
 def test_cut_follows_row_groups() -> None:
     assert cut([100] * 4, 250) == [(0, 200), (200, 400)]
     assert cut([2500], 1000) == [(0, 833), (833, 1666), (1666, 2500)]
     assert cut([100, 2500, 100], 1000) == [(0, 100), (100, 933), (933, 1766), (1766, 2600), (2600, 2700)]
+    assert cut([80_000], 1000) == [(n, n + 10_000) for n in range(0, 80_000, 10_000)]
+    assert cut([80_000], 1000, 3_000, 24_000) == [(3_000, 10_000), (10_000, 17_000), (17_000, 24_000)]
 
 
 def test_split_covers_the_fragment(tmp_path: Path) -> None:
@@ -363,6 +452,22 @@ def test_rows_keep_their_order_and_nulls(tmp_path: Path) -> None:
         assert [row.row for row in rows] == list(range(start, stop))
         assert [row.image for row in rows] == images[start:stop]
         assert [row.text for row in rows] == texts[start:stop]
+
+
+def bytes_read() -> int:
+    """By this process so far, from the page cache or the disk."""
+    return int(re.findall(r"rchar: (\d+)", Path("/proc/self/io").read_text())[0])
+
+
+def test_one_large_row_group_is_read_a_few_times_only(tmp_path: Path) -> None:
+    path = write_shard(tmp_path / "0.parquet", [os.urandom(2000) for _ in range(8000)], row_group=8000)
+    (file,) = listed(path)
+    footer = read_footer(file, Columns(), {})
+    before, rows = bytes_read(), 0
+    for start, stop in cut(footer.row_groups, 100):
+        rows += sum(1 for _ in read_rows(Fragment(file, footer.layout, start, stop, 8000), {}))
+    assert rows == 8000
+    assert bytes_read() - before < 5.5 * path.stat().st_size  # 4.5 times, and eight buffers of 1 MiB
 
 
 def test_hugging_face_structs(tmp_path: Path) -> None:
@@ -410,6 +515,56 @@ def test_a_store_that_keeps_failing_makes_no_row_unreadable(
     with pytest.raises(InputError, match=r"teststore://host/in/0\.parquet: cannot be read: .*reset"):
         list(read_rows(fragment, {}, pauses=(0, 0)))
     assert StoreFS.reads == 3
+
+
+@pytest.mark.parametrize("error", TRANSIENT)
+def test_a_footer_is_read_again_where_its_store_fails(
+    store: Callable[[bytes], InputFile], tmp_path: Path, error: Callable[[str], Exception]
+) -> None:
+    file = store(noise(3, tmp_path / "x"))  # so short that its footer lies in its first bytes
+    StoreFS.fail = staticmethod(lambda read: error("reset") if read in (1, 2) else None)
+    assert read_footer(file, Columns(), {}, pauses=(0, 0)).rows == 3
+    assert StoreFS.reads > 2
+
+
+@pytest.mark.parametrize("error", TRANSIENT)
+def test_a_footer_whose_store_keeps_failing_is_named(
+    store: Callable[[bytes], InputFile], tmp_path: Path, error: Callable[[str], Exception]
+) -> None:
+    file = store(noise(3, tmp_path / "x"))
+    StoreFS.fail = staticmethod(lambda _: error("reset"))
+    with pytest.raises(InputError, match=r"teststore://host/in/0\.parquet: cannot be read: .*reset"):
+        read_footer(file, Columns(), {}, pauses=(0, 0))
+    assert StoreFS.reads == 3
+
+
+@pytest.mark.parametrize("fault", ["no Parquet", "no columns", FileNotFoundError, PermissionError])
+def test_a_footer_that_no_further_try_can_mend_is_read_once(
+    store: Callable[[bytes], InputFile], tmp_path: Path, fault: str | type[Exception]
+) -> None:
+    pq.write_table(pa.table({"other": [1]}), tmp_path / "x")
+    file = store((tmp_path / "x").read_bytes() if fault == "no columns" else b"no Parquet at all")
+    if not isinstance(fault, str):
+        StoreFS.fail = staticmethod(lambda _: fault("never"))
+    with pytest.raises(InputError, match=r"teststore://host/in/0\.parquet"):
+        read_footer(file, Columns(), {}, pauses=())
+    once = StoreFS.reads
+    with pytest.raises(InputError, match=r"teststore://host/in/0\.parquet"):
+        read_footer(file, Columns(), {}, pauses=(0, 0))
+    assert StoreFS.reads == 2 * once
+
+
+@pytest.mark.parametrize("error", [MemoryError, pa.ArrowMemoryError])
+def test_want_of_memory_is_no_fault_of_the_files(
+    store: Callable[[bytes], InputFile], tmp_path: Path, error: type[Exception]
+) -> None:
+    file = store(noise(50, tmp_path / "x"))
+    fragment = whole(file)
+    StoreFS.fail = staticmethod(lambda _: error("malloc of size 64 failed"))
+    with pytest.raises(error):
+        list(read_rows(fragment, {}, pauses=(0, 0)))
+    with pytest.raises(error):
+        read_footer(store(noise(3, tmp_path / "y")), Columns(), {}, pauses=(0, 0))
 
 
 def test_a_corrupt_page_of_a_store_that_answers_is_unreadable(

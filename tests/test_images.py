@@ -388,6 +388,9 @@ def bombs() -> dict[str, bytes]:
     tem = b"\xff\x01" + b"".join(b"\xff\xfe" + struct.pack(">H", 2 + len(text)) + text for text in comments)
     return {
         "png": png(50_000, 50_000, 8, 2, b"\0" * 100),
+        "png row": png(40_000_000, 1, 16, 6, b"\0" * 100),  # for Pillow a want of memory, whatever there is
+        "tiff row": tiff({}, b"\0" * 16, width=40_000_000, height=1),
+        "tiff column": tiff({}, b"\0" * 16, width=1, height=40_000_000),
         "jpeg": bytes(jpeg),
         "jpeg scans": scans,
         "jpeg scans behind a decoy": scans[:2] + tem + scans[2:],
@@ -403,20 +406,37 @@ def bombs() -> dict[str, bytes]:
     }  # fmt: skip
 
 
-@pytest.fixture
-def scarce_memory():
+@contextlib.contextmanager
+def little_memory():
     """Lets the process allocate 96 MiB more, touched or not."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 96 * 2**20, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+@pytest.fixture
+def scarce_memory():
+    with little_memory():
+        yield
 
 
 @pytest.mark.parametrize("data", bombs().values(), ids=bombs())
 @pytest.mark.usefixtures("scarce_memory")
 def test_bombs_are_refused_without_allocating(data):
     assert refusal(data).reason == Reason.TOO_MANY_PIXELS
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_want_of_memory_is_no_fault_of_the_images(kind):
+    """Else a good image would be called corrupt, and for good: no later run tries it again."""
+    data = encode(Image.new("L", (7000, 7000)), kind)  # 147 MB of RGB
+    with little_memory(), pytest.raises(MemoryError):
+        decode(data, LIMITS)
+    assert decode(data, LIMITS).format == kind
 
 
 def test_scans_after_a_whole_one_are_not_decoded():

@@ -12,8 +12,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "capfilt"
 
 LAYERS = [
-    {"errors", "schema", "spec", "text", "decide", "fingerprints"},
-    {"inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "toyweb"},
+    {"errors", "schema", "spec", "text", "decide", "fingerprints", "weights", "evaluate"},
+    {"inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "toyweb", "examples"},
     {"models"},
     {"pipelines"},
     {"cli"},
@@ -64,6 +64,7 @@ HEAVY = "import sys; sys.exit(', '.join(m for m in ('torch', 'ray', 'transformer
     [
         "import capfilt",
         "import capfilt.dataset, capfilt.plan, capfilt.receipts, capfilt.fragments, capfilt.images, capfilt.toyweb",
+        "import capfilt.examples, capfilt.evaluate, capfilt.weights",
         "from typer.testing import CliRunner as R; from capfilt.cli import app; R().invoke(app, ['--help']).stdout[99]",
     ],
 )

@@ -109,21 +109,23 @@ def test_both_decisions_occur(checkpoint: Path, images: Tensor) -> None:
     assert all(0 <= score.itm <= 1 and -1 <= score.itc <= 1 for score in scores)
 
 
-@pytest.mark.parametrize(("texts", "batches"), [(1, [4, 2]), (9, [4] * 13 + [2])])
+@pytest.mark.parametrize(("texts", "batches"), [(1, [4, 2]), (2, [4, 4, 4]), (3, [3] * 6), (9, [4, 4, 1] * 6)])
 def test_an_image_is_seen_once_and_texts_are_judged_together(
     checkpoint: Path, images: Tensor, texts: int, batches: list[int]
 ) -> None:
     judge = itm_filter(checkpoint, batch_size=4)
-    seen, read = [], []
-    judge._blip.model.vision_model.register_forward_pre_hook(
-        lambda _module, _args, named: seen.append(len(named["pixel_values"])), with_kwargs=True
-    )
-    judge._blip.model.text_encoder.register_forward_pre_hook(
-        lambda _module, _args, named: read.append(len(named["input_ids"])), with_kwargs=True
-    )
+    network = judge._blip.model
+    seen: list[int] = []
+    looked: list[int] = []
+    read: list[int] = []
+    network.vision_model.register_forward_pre_hook(lambda _module, args: seen.append(len(args[0])))
+    layer = network.text_encoder.layers[0].crossattention.self["key"]
+    layer.register_forward_pre_hook(lambda _module, args: looked.append(len(args[0])))
+    network.text_encoder.register_forward_pre_hook(lambda _module, args: read.append(len(args[0])))
     own = [f"a dog {number}" for number in range(texts)]
     judge.score(images[:7], [own, own, own, [], own, own, own])
     assert seen == [4, 2]  # the image without texts is not seen
+    assert sum(looked) == 6  # keys and values of an image are projected once
     assert read == [size for size in batches for _ in range(2)]  # with the image, and alone
 
 

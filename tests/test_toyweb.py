@@ -5,28 +5,18 @@ from __future__ import annotations
 import io
 import random
 from collections import Counter
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageFilter, ImageOps, UnidentifiedImageError
 
 from capfilt import toyweb
-from capfilt.toyweb import ATTRIBUTES, Breakage, Encoding, Scene, TextKind, Web
-
-EVERY_SCENE = [Scene(*values) for values in product(*ATTRIBUTES.values())]
-
-
-def read_back(caption: str | None) -> Scene | None:
-    """The scene that a caption names, or None if it does not name all four attributes once."""
-    words = (caption or "").replace(",", " ").split()
-    named = {name: [word for word in words if word in values] for name, values in ATTRIBUTES.items()}
-    if any(len(values) != 1 for values in named.values()):
-        return None
-    return Scene(**{name: values[0] for name, values in named.items()})
+from capfilt.toyweb import ATTRIBUTES, SCENES, Breakage, Encoding, Scene, TextKind, Web, is_true, read_back
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +26,24 @@ def web(tmp_path_factory: pytest.TempPathFactory) -> Web:
 
 @pytest.fixture(scope="module")
 def rows(web: Web) -> list[dict[str, Any]]:
+    return judged(web)
+
+
+def judged(web: Web) -> list[dict[str, Any]]:
     """Every shard row with its truth beside it."""
     truths = pq.read_table(web.truth).to_pylist()
     at = {(truth["shard"], truth["row"]): truth for truth in truths}
-    assert len(at) == len(truths) == web.images
-    return [
+    rows = [
         row | at[shard.name, position]
         for shard in web.shards
         for position, row in enumerate(pq.read_table(shard).to_pylist())
     ]
+    assert len(at) == len(truths) == len(rows) == sum(web.texts.values())
+    return rows
+
+
+def scene_of(row: dict[str, Any]) -> Scene:
+    return Scene(**{name: row[name] for name in ATTRIBUTES})
 
 
 def test_equal_arguments_write_equal_bytes(tmp_path: Path) -> None:
@@ -104,17 +103,16 @@ def test_a_failed_download_is_a_row_of_nulls(rows: list[dict[str, Any]]) -> None
 
 
 def test_the_truth_is_true(rows: list[dict[str, Any]]) -> None:
-    true_captions = {row["truth_caption"] for row in rows}
-    true_scenes = {read_back(caption) for caption in true_captions}
     for row in rows:
-        shown, named = read_back(row["truth_caption"]), read_back(row["caption"])
-        assert shown is not None
-        differing = [name for name in ATTRIBUTES if named and getattr(named, name) != getattr(shown, name)]
+        shown, named = scene_of(row), read_back(row["caption"])
+        assert read_back(row["truth_caption"]) == vars(shown)
+        assert is_true(row["caption"], shown) == (row["truth"] == TextKind.CLEAN)
+        differing = [name for name, value in (named or {}).items() if value != getattr(shown, name)]
         match row["truth"]:
             case TextKind.CLEAN:
                 assert row["caption"] == row["truth_caption"]
             case TextKind.OTHER_CAPTION:
-                assert named in true_scenes
+                assert named in [vars(scene_of(other)) for other in rows]
                 assert differing
             case TextKind.WRONG_ATTRIBUTE:
                 assert len(differing) == 1
@@ -132,8 +130,8 @@ def test_every_attribute_goes_wrong(rows: list[dict[str, Any]]) -> None:
         name
         for row in rows
         if row["truth"] == TextKind.WRONG_ATTRIBUTE
-        for name in ATTRIBUTES
-        if getattr(read_back(row["caption"]), name) != getattr(read_back(row["truth_caption"]), name)
+        for name, value in (read_back(row["caption"]) or {}).items()
+        if value != row[name]
     ]
     assert set(wrong) == set(ATTRIBUTES)
 
@@ -141,8 +139,127 @@ def test_every_attribute_goes_wrong(rows: list[dict[str, Any]]) -> None:
 def test_no_word_names_two_attributes() -> None:
     words = [value for values in ATTRIBUTES.values() for value in values]
     assert len(words) == len(set(words))
-    for scene in EVERY_SCENE:
-        assert read_back(toyweb.caption(scene, random.Random(0))) == scene
+    assert len(set(SCENES)) == 192
+    for scene in SCENES:
+        assert read_back(toyweb.caption(scene, random.Random(0))) == vars(scene)
+
+
+SHOWN = Scene("small", "red", "cross", "white")
+
+
+@pytest.mark.parametrize(
+    ("caption", "named", "true"),
+    [
+        ("a small red cross on a white background", vars(SHOWN), True),
+        ("Small RED cross, white!", vars(SHOWN), True),
+        ("white white cross red small cross", vars(SHOWN), True),
+        ("a red cross", {"colour": "red", "shape": "cross"}, True),
+        ("a picture of a white background", {"background": "white"}, True),
+        ("a small red cross on a red background", {"size": "small", "colour": "red", "shape": "cross"}, True),
+        ("a small red cross on a black background", vars(SHOWN) | {"background": "black"}, False),
+        ("a blue thing", {"colour": "blue"}, False),
+        ("a red and blue cross", None, False),
+        ("a large small red cross on white", None, False),
+        ("a thing on a background", {}, False),
+        ("smaller reddish crosses", {}, False),
+        ("IMG_0001.JPG", {}, False),
+        ("", {}, False),
+        (None, {}, False),
+    ],
+)
+def test_what_is_true_of_a_small_red_cross_on_white(
+    caption: str | None, named: dict[str, str] | None, true: bool
+) -> None:
+    assert read_back(caption) == named
+    assert is_true(caption, SHOWN) == true
+
+
+SUBSETS = st.sets(st.sampled_from(list(ATTRIBUTES)), min_size=1)
+
+
+@given(st.sampled_from(SCENES), st.sampled_from(SCENES), SUBSETS, st.randoms(use_true_random=False))
+def test_a_caption_is_true_where_all_that_it_names_is(
+    said: Scene, shown: Scene, names: set[str], rng: random.Random
+) -> None:
+    words = [*(getattr(said, name) for name in names), "a", "picture", "of"]
+    rng.shuffle(words)
+    agree = all(getattr(said, name) == getattr(shown, name) for name in names)
+    assert is_true(" ".join(words), shown) == agree
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory: pytest.TempPathFactory) -> Web:
+    return toyweb.render_clean(
+        tmp_path_factory.mktemp("clean"), images=400, shards=3, captions=2, pixels=(48, 64), seed=7
+    )
+
+
+def test_clean_pairs_are_true_and_in_colour(clean: Web) -> None:
+    rows = judged(clean)
+    assert (clean.images, clean.texts, clean.broken) == (400, {TextKind.CLEAN: 800}, {})
+    for row in rows:
+        assert read_back(row["caption"]) == vars(scene_of(row))
+        assert row["caption"] == row["truth_caption"]
+        assert (row["status"], row["encoding"], row["broken"]) == ("success", Encoding.JPEG, None)
+    openings = [template.split("{")[0] for template in toyweb.TEMPLATES]
+    used = Counter(max((o for o in openings if row["caption"].startswith(o)), key=len) for row in rows)
+    assert len(used) == len(toyweb.TEMPLATES)
+    assert min(used.values()) > 150
+    pictures = [Image.open(io.BytesIO(row["jpg"])) for row in rows]
+    assert {(picture.format, picture.mode) for picture in pictures} == {("JPEG", "RGB")}
+    sides = {side for picture in pictures for side in picture.size}
+    assert (min(sides), max(sides)) == (48, 64)
+
+
+def test_clean_shards_are_a_web_s(clean: Web, tmp_path: Path) -> None:
+    files = [pq.ParquetFile(path) for path in clean.shards]
+    assert all(file.schema_arrow == toyweb.SHARD_SCHEMA for file in files)
+    assert [file.metadata.num_rows for file in files] == [266, 266, 268]
+    assert pq.read_schema(clean.truth) == toyweb.TRUTH_SCHEMA
+    small = toyweb.render_clean(tmp_path, images=10, shards=2, captions=3)  # 5 images a shard, 15 rows
+    for web in (clean, small):
+        keys = [row["key"] for row in judged(web)]
+        assert keys == sorted(set(keys))
+    assert keys[15] == "0000100"
+
+
+def test_an_image_s_captions_lie_together_and_differ(clean: Web) -> None:
+    rows = judged(clean)
+    for one, two in zip(rows[::2], rows[1::2], strict=True):
+        assert [one[name] for name in ("shard", "url", "sha256", "jpg")] == [
+            two[name] for name in ("shard", "url", "sha256", "jpg")
+        ]
+        assert one["caption"] != two["caption"]
+    assert len({row["url"] for row in rows}) == len({row["sha256"] for row in rows}) == 400
+
+
+def test_every_round_shows_every_scene_once(clean: Web, tmp_path: Path) -> None:
+    scenes = [scene_of(row) for row in judged(clean)[::2]]
+    assert set(scenes[:192]) == set(scenes[192:384]) == set(SCENES)
+    assert scenes[:192] != scenes[192:384]
+    assert len(set(scenes[384:])) == 16
+    default = toyweb.render_clean(tmp_path)
+    assert {scene_of(row) for row in judged(default)} == set(SCENES)
+    assert default.images == sum(default.texts.values()) == len(SCENES)
+
+
+def test_clean_pairs_are_of_their_seed_and_of_no_web(clean: Web, web: Web, tmp_path: Path) -> None:
+    def written(name: str, seed: int) -> Web:
+        return toyweb.render_clean(tmp_path / name, images=20, seed=seed)
+
+    first, again, other = written("first", 7), written("again", 7), written("other", 8)
+    assert first.shards[0].read_bytes() == again.shards[0].read_bytes()
+    assert first.truth.read_bytes() == again.truth.read_bytes()
+    for name in ("sha256", "url"):
+        sets = [{row[name] for row in judged(some) if row[name]} for some in (first, other, clean, web)]
+        assert not sets[0] & sets[1]
+        assert not (sets[0] | sets[1] | sets[2]) & sets[3]
+
+
+def test_pictures_are_of_the_size_asked(tmp_path: Path) -> None:
+    web = toyweb.render(tmp_path, images=60, shards=1, broken=0, pixels=(32, 40))
+    sides = {side for row in judged(web) for side in Image.open(io.BytesIO(row["jpg"])).size}
+    assert sides == set(range(32, 41))
 
 
 def nearest(table: dict[str, toyweb.RGB], colour: np.ndarray[Any, Any]) -> str:
@@ -152,7 +269,7 @@ def nearest(table: dict[str, toyweb.RGB], colour: np.ndarray[Any, Any]) -> str:
 @pytest.mark.parametrize("pixels", [32, 64, 96])
 def test_a_picture_shows_its_scene(pixels: int) -> None:
     """The colours, the extent and the place: everything but the shape's own outline."""
-    for number, scene in enumerate(EVERY_SCENE):
+    for number, scene in enumerate(SCENES):
         picture = toyweb.draw(scene, random.Random(number), pixels)
         assert (picture.mode, picture.size) == ("RGB", (pixels, pixels))
         image = np.asarray(picture, dtype=float)
@@ -212,7 +329,7 @@ def test_every_encoding_shows_the_same_scene(encoding: Encoding) -> None:
 
 
 def test_encodings_are_what_they_are_called() -> None:
-    picture = toyweb.draw(EVERY_SCENE[0], random.Random(0), 64)
+    picture = toyweb.draw(SCENES[0], random.Random(0), 64)
     opened = {name: Image.open(io.BytesIO(toyweb.encode(picture, name, random.Random(0)))) for name in Encoding}
     assert "progressive" in opened[Encoding.JPEG_PROGRESSIVE].info
     assert "progressive" not in opened[Encoding.JPEG].info
@@ -233,7 +350,7 @@ def test_encodings_are_what_they_are_called() -> None:
     ],
 )
 def test_broken_images_break(breakage: Breakage, error: type[Exception]) -> None:
-    picture = toyweb.draw(EVERY_SCENE[0], random.Random(0), 64)
+    picture = toyweb.draw(SCENES[0], random.Random(0), 64)
     for seed in range(30):
         image = toyweb.spoil(picture, breakage, random.Random(seed))
         assert image is not None
@@ -253,6 +370,8 @@ def test_broken_images_break(breakage: Breakage, error: type[Exception]) -> None
         {"noise": float("nan")},
         {"broken": 2},
         {"broken": float("nan")},
+        {"pixels": (31, 40)},
+        {"pixels": (50, 40)},
     ],
 )
 def test_a_bad_argument_is_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
@@ -262,9 +381,19 @@ def test_a_bad_argument_is_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "wrong", [{"images": 0}, {"shards": 11}, {"pixels": (31, 40)}, {"captions": 0}, {"captions": 5}]
+)
+def test_a_bad_argument_of_a_clean_set_is_named(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        toyweb.render_clean(tmp_path, **({"images": 10, "shards": 2} | wrong))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_too_few_pixels_is_named() -> None:
     with pytest.raises(ValueError, match=r"^pixels: 31 "):
-        toyweb.draw(EVERY_SCENE[0], random.Random(0), 31)
+        toyweb.draw(SCENES[0], random.Random(0), 31)
 
 
 def test_one_image_has_no_other_to_borrow_a_caption_from(tmp_path: Path) -> None:

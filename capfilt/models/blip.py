@@ -27,7 +27,7 @@ TIED = {
     "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
     "text_decoder.cls.predictions.decoder.bias": "text_decoder.cls.predictions.bias",
 }
-"""Second names of one parameter; a checkpoint may have both or one."""
+"""Second names of parameters, to their first; a checkpoint may have both or one."""
 
 
 class Keys(NamedTuple):
@@ -52,8 +52,14 @@ class Cache:
         self.length = 0
 
     def extend(self, layer: int, keys_NHLE: Tensor, values_NHLE: Tensor) -> Keys:
-        """Put new tokens' keys and values behind a layer's others. Returns all of them; `length` is the caller's."""
-        stop = self.length + keys_NHLE.shape[2]
+        """Put new tokens' keys and values behind a layer's others. Returns all of them; `length` is the caller's.
+
+        Raises:
+            ValueError: more tokens than there is memory for.
+        """
+        stop, room = self.length + keys_NHLE.shape[2], self._all.shape[4]
+        if stop > room:  # a slice would be cut in silence
+            raise ValueError(f"{stop} tokens for a cache of {room}")
         own = self._all[layer, :, :, :, :stop]
         own[0, :, :, self.length :] = keys_NHLE
         own[1, :, :, self.length :] = values_NHLE
@@ -247,8 +253,15 @@ class TextEmbeddings(nn.Module):
         self.drop = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, ids_NL: Tensor, start: int) -> Tensor:
-        """[N, L, D] of tokens at positions `start` and on."""
-        positions_LD = self.position_embeddings.weight[start : start + ids_NL.shape[1]]
+        """[N, L, D] of tokens at positions `start` and on.
+
+        Raises:
+            ValueError: positions that the table does not have.
+        """
+        stop, table_PD = start + ids_NL.shape[1], self.position_embeddings.weight
+        if stop > len(table_PD):
+            raise ValueError(f"{stop} tokens, but {len(table_PD)} positions")
+        positions_LD = table_PD[start:stop]
         out: Tensor = self.drop(self.LayerNorm(self.word_embeddings(ids_NL) + positions_LD))
         return out
 
@@ -297,7 +310,7 @@ class TextTransformer(nn.Module):
             cache: of the tokens before these, which are added to it; L is then 1 unless the cache is empty.
 
         Raises:
-            ValueError: several tokens for a cache that has some.
+            ValueError: several tokens for a cache that has some; more than there are positions, or room in the cache.
         """
         start = cache.length if cache else 0
         if start and ids_NL.shape[1] != 1:
@@ -418,13 +431,22 @@ def _joint_width(config: BlipConfig) -> int:
 def _check(config: BlipConfig) -> None:
     """Refuse what the network would compute otherwise than the configuration says."""
     text, vision = config.text_config, config.vision_config
+    counts = (
+        ("vision_config.image_size", vision.image_size),  # transformers' may be a pair
+        ("vision_config.patch_size", vision.patch_size),
+        ("vision_config.num_attention_heads", vision.num_attention_heads),
+        ("text_config.num_attention_heads", text.num_attention_heads),
+    )
+    for name, value in counts:
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"config.json: {name} is {value}, expected one number above 0")
     wanted = (
         ("text_config.hidden_act", text.hidden_act, "gelu"),
         ("vision_config.hidden_act", vision.hidden_act, "gelu"),
         ("text_config.encoder_hidden_size", text.encoder_hidden_size, vision.hidden_size),
-        ("image_size % patch_size", vision.image_size % vision.patch_size, 0),
-        ("hidden_size % num_attention_heads", text.hidden_size % text.num_attention_heads, 0),
-        ("hidden_size % num_attention_heads", vision.hidden_size % vision.num_attention_heads, 0),
+        ("vision_config.image_size % patch_size", vision.image_size % vision.patch_size, 0),
+        ("vision_config.hidden_size % num_attention_heads", vision.hidden_size % vision.num_attention_heads, 0),
+        ("text_config.hidden_size % num_attention_heads", text.hidden_size % text.num_attention_heads, 0),
     )
     for name, value, expected in wanted:
         if value != expected:
@@ -449,29 +471,30 @@ def initialise(network: nn.Module, generator: torch.Generator, std: float = 0.02
 
 
 def fill(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Put a checkpoint's weights into a network, every one of them and nothing else.
+    """Copy a checkpoint's weights into a network, every one of them and nothing else.
 
     Args:
         state: by transformers' names; one of two tied names is enough, and `position_ids` of old files are passed over.
         source: for the message.
 
     Raises:
-        CheckpointError: weights are missing, unexpected, or of another shape.
+        CheckpointError: weights are missing, unexpected, of another shape, or not one where they are tied.
     """
-    given = {name: tensor for name, tensor in state.items() if not name.endswith(".position_ids")}
-    for one, other in TIED.items():
-        for a, b in ((one, other), (other, one)):
-            if a not in given and b in given:
-                given[a] = given[b]
     own = network.state_dict()
+    given = {name: tensor for name, tensor in state.items() if not name.endswith(".position_ids")}
+    for second, first in TIED.items():
+        either = given.get(first, given.get(second))
+        if either is not None:
+            if not torch.equal(given.get(second, either), either):
+                raise CheckpointError(f"{source}: {first} and {second} differ, but in BLIP they are one")
+            given[first] = given[second] = either
     wrong = {
         "missing": own.keys() - given.keys(),
         "unexpected": given.keys() - own.keys(),
         "mismatched": {name for name in own.keys() & given.keys() if own[name].shape != given[name].shape},
     }
-    wrong["unexpected"] -= TIED.keys() | set(TIED.values())
     for what, keys in wrong.items():
-        if keys:
+        if keys := keys - TIED.keys():
             listed = ", ".join(sorted(keys)[:5]) + (", ..." if len(keys) > 5 else "")
             kind = getattr(network, "architecture", type(network).__name__)
             raise CheckpointError(f"{source}: {len(keys)} {what} keys for a {kind}: {listed}")

@@ -1,20 +1,21 @@
 """The captioner: images -> candidate captions, the same whatever the batch.
 
-B  images    K  candidates an image    R  rows, candidates of images    S  side in pixels    P  prompt tokens with [DEC]
-L  new tokens    T  image tokens    D  width    V  vocabulary
+B  images    K  candidates an image    R  rows, candidates of images    S  side in pixels    T  image tokens
+W  vision width    V  vocabulary
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from capfilt.errors import CheckpointError
+from capfilt.models import decoding
 from capfilt.models import sampling as draws
+from capfilt.models.blip import CaptioningNetwork, Keys
 from capfilt.models.checkpoints import Loaded, load
 from capfilt.spec import CaptionerCard, Sampling
 
@@ -23,7 +24,7 @@ _MARK = re.compile(r"\[[A-Za-z]{2,}\d*\]")
 
 
 class Captioner:
-    """BLIP's image-grounded text decoder as a sampler (BLIP section 3.1; salesforce/BLIP, models/blip.py, generate).
+    """BLIP's image-grounded text decoder as a writer (BLIP section 3.1; salesforce/BLIP, models/blip.py, generate).
 
     **Reproducible.** A caption is a function of the image's pixels and sha256, the candidate's number, the card and the
     sampling; not of the batch, its order or size, the other candidates, or the worker. The random numbers are the row's
@@ -58,11 +59,9 @@ class Captioner:
         # An error in a logit is stretched by the penalty and the temperature.
         stretch = sampling.repetition_penalty / sampling.temperature
         self._tolerance = tie_tolerance * stretch if card.dtype == "float32" else 0.0
-        self._prompt_P = [self._blip.dec, *self._blip.ids(card.prompt)]  # no [CLS], no [SEP]: the decoder continues it
-        self._blip.require_positions(
-            len(self._prompt_P) + sampling.max_tokens, "captioner.prompt and sampling.max_tokens"
-        )
-        self._banned_V = _banned(self._blip)
+        prompt = [self._blip.dec, *self._blip.ids(card.prompt)]  # no [CLS], no [SEP]: the decoder continues it
+        self._blip.require_positions(len(prompt) + sampling.max_tokens, "captioner.prompt and sampling.max_tokens")
+        self._rules = decoding.Rules(prompt, self._blip.sep, _banned(self._blip), sampling)
 
     def caption(self, images_BCSS: Tensor, sha256: Sequence[str | bytes]) -> list[list[str]]:
         """Write K = `sampling.candidates` captions for every image.
@@ -88,72 +87,78 @@ class Captioner:
                 captions += self._caption_batch(images_BCSS[batch], sha256[batch])
         return captions
 
+    def describe(self, images_BCSS: Tensor, beams: int = 3, length_penalty: float = 1.0) -> list[str]:
+        """Write the likeliest caption of every image, for evaluation: beam search, or greedy with one beam.
+
+        `sampling`'s lengths and repetition penalty hold, the rest of it does not. Published captions of COCO come from
+        3 beams, a repetition penalty of 1, and 1 to 16 tokens after the prompt (salesforce/BLIP, configs/
+        caption_coco.yaml: 5 to 20 with it). Batches may change the choice between captions of almost equal score.
+
+        Args:
+            images_BCSS: as :meth:`caption`'s.
+            beams: 1 or more.
+            length_penalty: as :func:`capfilt.models.decoding.beam`'s.
+
+        Returns:
+            B captions, as :meth:`caption`'s.
+
+        Raises:
+            ValueError, FloatingPointError: as :meth:`caption`.
+        """
+        ids_B: list[list[int]] = []
+        with torch.inference_mode():
+            for start in range(0, len(images_BCSS), self._batch_size):
+                seen_BTW = self._blip.see(images_BCSS[start : start + self._batch_size])
+                for _, image in self._looks(seen_BTW, beams):
+                    begun = decoding.begin(self._blip.model.text_decoder, image, self._rules)
+                    if beams == 1:
+                        ids_B += decoding.greedy(*begun, self._rules)
+                    else:
+                        ids_B += decoding.beam(*begun, self._rules, beams, length_penalty)
+        return [self._text(ids) for ids in ids_B]
+
     def _caption_batch(self, images_BCSS: Tensor, sha256: Sequence[str | bytes]) -> list[list[str]]:
-        seen_BTD = self._blip.see(images_BCSS)
-        k = self._sampling.candidates
-        keys_R = [draws.row_key(self._sampling.seed, image, candidate) for image in sha256 for candidate in range(k)]
-        image_R = torch.arange(len(keys_R), device=self._blip.device) // k
-        captions: list[str] = []
-        for start in range(0, len(keys_R), self._batch_size):  # rows in the decoder at a time: memory is theirs
-            rows = slice(start, start + self._batch_size)
-            alone = len(seen_BTD) == 1 and len(keys_R[rows]) == 1
-            ids_R, tied_R = self._write(seen_BTD[image_R[rows]], keys_R[rows], 0.0 if alone else self._tolerance)
-            for row, tied in enumerate(tied_R, start):
-                ids = (
-                    self._write_alone(images_BCSS[row // k : row // k + 1], keys_R[row]) if tied else ids_R[row - start]
-                )
-                captions.append(self._text(ids))
+        seen_BTW = self._blip.see(images_BCSS)
+        k, captions = self._sampling.candidates, []
+        for images, image in self._looks(seen_BTW, k):
+            for first in range(0, k, self._batch_size):  # more than one turn only if one image has so many candidates
+                candidates = range(first, min(first + self._batch_size, k))
+                rows = [(row, candidate) for row in images for candidate in candidates]
+                keys_R = [draws.row_key(self._sampling.seed, sha256[row], candidate) for row, candidate in rows]
+                alone = len(seen_BTW) == len(rows) == 1
+                ids_R, tied_R = self._write(image, keys_R, 0.0 if alone else self._tolerance)
+                for (row, _), key, ids, tied in zip(rows, keys_R, ids_R, tied_R, strict=True):
+                    captions.append(self._text(self._write_alone(images_BCSS[row : row + 1], key) if tied else ids))
         return [captions[start : start + k] for start in range(0, len(captions), k)]
+
+    def _looks(self, seen_BTW: Tensor, each: int) -> Iterator[tuple[range, list[Keys]]]:
+        """As many images at a time as have `batch_size` rows, `each` of one: which, and what their texts read of them.
+
+        Rows in the decoder at a time are bounded, and so is what is read: an image's is larger than its pixels.
+        """
+        few = max(1, self._batch_size // each)
+        for start in range(0, len(seen_BTW), few):
+            some_BTW = seen_BTW[start : start + few]
+            yield range(start, start + len(some_BTW)), self._blip.model.text_decoder.bert.look(some_BTW)
 
     def _write_alone(self, images_1CSS: Tensor, key: tuple[int, int]) -> list[int]:
         """The reference that every batch agrees with: one image through the network, one candidate."""
         self.rewritten += 1
-        ids_R, _ = self._write(self._blip.see(images_1CSS), [key], 0.0)
-        return ids_R[0]
+        image = self._blip.model.text_decoder.bert.look(self._blip.see(images_1CSS))
+        return self._write(image, [key], 0.0)[0][0]
 
     def _write(
-        self, seen_RTD: Tensor, keys_R: Sequence[tuple[int, int]], tolerance: float
+        self, image: list[Keys], keys_R: Sequence[tuple[int, int]], tolerance: float
     ) -> tuple[list[list[int]], list[bool]]:
-        """Decode rows until all have ended: their new ids without the end token, and which met a tie."""
-        rows, eos, device = len(keys_R), self._blip.sep, self._blip.device
-        ids_RP = torch.tensor(self._prompt_P, device=device).expand(rows, -1)
-        used_RV = torch.zeros(rows, len(self._banned_V), dtype=torch.bool, device=device).scatter_(1, ids_RP, True)
-        ended_R = torch.zeros(rows, dtype=torch.bool, device=device)
-        tied_R = torch.zeros_like(ended_R)
-        fed, cache, new_RL = ids_RP, None, []
-        for step in range(self._sampling.max_tokens):
-            logits_RV, cache = self._next(fed, seen_RTD, cache)
-            logits_RV = draws.adjust(logits_RV, used_RV, self._banned_V, eos, step, self._sampling)
-            noise_RV = draws.gumbel(keys_R, step, logits_RV.shape[1], device)
-            drawn = draws.draw(logits_RV, noise_RV, self._sampling.top_k, self._sampling.top_p, tolerance)
-            tied_R |= drawn.tied & ~ended_R
-            token_R = torch.where(ended_R, eos, drawn.token)
-            new_RL.append(token_R)
-            used_RV.scatter_(1, token_R[:, None], True)
-            ended_R |= token_R == eos
-            if bool((ended_R | tied_R).all()):
-                break
-            fed = token_R[:, None]
-        ids = torch.stack(new_RL, 1).tolist()
-        return [row[: row.index(eos)] if eos in row else row for row in ids], tied_R.tolist()
-
-    def _next(self, ids_RL: Tensor, seen_RTD: Tensor, cache: Any) -> tuple[Tensor, Any]:
-        """Logits after the last of `ids_RL`, and the cache with their keys and values (the image's too, once)."""
-        output = self._blip.model.text_decoder(
-            input_ids=ids_RL,
-            encoder_hidden_states=seen_RTD,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1], output.past_key_values
+        begun = decoding.begin(self._blip.model.text_decoder, image, self._rules)
+        return decoding.sample(*begun, self._rules, keys_R, tolerance)
 
     def _text(self, ids: list[int]) -> str:
         text: str = self._blip.tokenizer.decode(ids, skip_special_tokens=True)
         return " ".join(text.removeprefix("##").split())
 
 
-def _banned(blip: Loaded) -> Tensor:
+def _banned(blip: Loaded[CaptioningNetwork]) -> Tensor:
     """bool [V]: what never enters a caption. Marks, and ids that the tokenizer has no word for."""
     vocabulary = blip.model.config.text_config.vocab_size
     words = (blip.tokenizer.id_to_token(token) for token in range(vocabulary))

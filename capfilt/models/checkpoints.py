@@ -1,49 +1,56 @@
-"""Load a BLIP checkpoint in the hub's format, or say why not. Never remote code; pickles only where the card allows.
+"""Load a BLIP checkpoint in the hub's format, or say why not; write one. Never remote code, pickles only where allowed.
 
-B  images in a batch    S  side in pixels    T  image tokens, 1 + patches    D  width
+B  images in a batch    S  side in pixels    T  image tokens, 1 + patches    W  vision width
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
-from collections.abc import Iterator
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar, overload
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
-from tokenizers import Tokenizer
-from torch import Tensor
-from transformers import BlipConfig, BlipForConditionalGeneration, BlipForImageTextRetrieval
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, processors
+from torch import Tensor, nn
+from transformers import BlipConfig
 from transformers.utils import logging as transformers_logging
 
 from capfilt.errors import CheckpointError, SpecError
 from capfilt.fingerprints import TOKENIZER_FILES, checkpoint_files, weight_files
-from capfilt.models.preprocess import normalise
-from capfilt.models.tokenizer import read_tokenizer, token_ids
+from capfilt.models.blip import CaptioningNetwork, RetrievalNetwork, fill
+from capfilt.models.preprocess import CLIP_MEAN, CLIP_STD, normalise
+from capfilt.models.tokenizer import bert_tokenizer, read_tokenizer, token_ids
 from capfilt.spec import CaptionerCard, FilterCard, HubCheckpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Network = TypeVar("Network", CaptioningNetwork, RetrievalNetwork)
 _SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 _PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"]
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class Loaded(Generic[Network]):
     """A BLIP checkpoint on its device.
 
     Attributes:
-        model: transformers' network, evaluating, without gradients.
+        model: the network, evaluating, without gradients.
         tokenizer: without padding or truncation; reads `[SEP]` and its like in a text as plain characters. Safe to use
             from several threads.
         source: directory or hub id, for messages.
         dec, enc, cls, sep, pad: token ids of [DEC], [ENC], [CLS], [SEP], [PAD].
     """
 
-    model: Any
+    model: Network
     tokenizer: Tokenizer
     source: str
     image_size: int
@@ -62,7 +69,7 @@ class Loaded:
             images_BCSS: uint8 [B, 3, S, S], S the card's image_size.
 
         Returns:
-            [B, T, D], CLS first, after the final norm.
+            [B, T, W], [CLS] first, after the final norm. Positions are interpolated if S is not the checkpoint's.
 
         Raises:
             ValueError: another shape or dtype.
@@ -72,12 +79,10 @@ class Loaded:
             raise ValueError(f"expected uint8 [B, {expected}], got {images_BCSS.dtype} {tuple(images_BCSS.shape)}")
         # One memory layout whatever the caller's: a row's pixels must meet the same kernels in every run.
         pixels = normalise(images_BCSS.to(self.device).contiguous(), self.dtype)
-        resized = self.image_size != self.model.config.vision_config.image_size
         # The patch convolution would use TF32 by default, whose error is far above the captioner's tie tolerance.
         with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            seen = self.model.vision_model(pixel_values=pixels, interpolate_pos_encoding=resized)
-        hidden: Tensor = seen.last_hidden_state
-        return hidden
+            seen_BTW: Tensor = self.model.vision_model(pixels)
+        return seen_BTW
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text, no special tokens added."""
@@ -95,8 +100,14 @@ class Loaded:
             raise SpecError(f"{field}: {tokens} tokens, but {self.source} has {positions} positions; lower it")
 
 
-def load(card: CaptionerCard | FilterCard, device: str) -> Loaded:
+@overload
+def load(card: CaptionerCard, device: str) -> Loaded[CaptioningNetwork]: ...
+@overload
+def load(card: FilterCard, device: str) -> Loaded[RetrievalNetwork]: ...
+def load(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
     """Load the checkpoint of a card, downloading from the hub what its cache lacks.
+
+    Takes memory for the weights once, and maps the file.
 
     Args:
         device: as torch names it: "cpu", "cuda", "cuda:1".
@@ -108,22 +119,28 @@ def load(card: CaptionerCard | FilterCard, device: str) -> Loaded:
     """
     directory = locate(card)
     source = card.checkpoint.hub if isinstance(card.checkpoint, HubCheckpoint) else str(directory)
-    network = BlipForConditionalGeneration if card.role == "captioner" else BlipForImageTextRetrieval
-    config = _config(directory, network.__name__, card.role)
-    _check_readable(directory, card.allow_pickle)
-    model = _weights(directory, network, config, DTYPES[card.dtype])
-    patch = model.config.vision_config.patch_size
+    kind = CaptioningNetwork if card.role == "captioner" else RetrievalNetwork
+    config = _config(directory, kind.architecture, card.role)
+    state = read_weights(directory, card.allow_pickle)
+    try:
+        with torch.device("meta"):
+            network = kind(config).to(DTYPES[card.dtype])
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from None
+    _materialise(network, device)
+    fill(network, state, str(directory))
+    patch = config.vision_config.patch_size
     if card.image_size % patch:
         raise SpecError(f"{card.name}: image_size {card.image_size} is not a multiple of the patch size {patch}")
     tokenizer = read_tokenizer(directory)
     return Loaded(
-        model=model.to(torch.device(device)),
+        model=network.eval().requires_grad_(False),
         tokenizer=tokenizer,
         source=source,
         image_size=card.image_size,
         device=torch.device(device),
         dtype=DTYPES[card.dtype],
-        **token_ids(tokenizer, model.config.text_config, directory),
+        **token_ids(tokenizer, config.text_config, directory),
     )
 
 
@@ -191,53 +208,160 @@ def _config(directory: Path, architecture: str, role: str) -> BlipConfig:
         raise CheckpointError(f"{file}: transformers cannot read it: {error}") from error
 
 
-def _check_readable(directory: Path, allow_pickle: bool) -> None:
-    """Refuse pickles, and find the broken file before transformers fails without naming it."""
+def read_weights(directory: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
+    """Every weight of a checkpoint by name, on the CPU: pages of its files where the format allows, so copy them.
+
+    Raises:
+        CheckpointError: files are missing or broken, or a pickle that is not allowed.
+    """
     checkpoint_files(directory)
-    for file in weight_files(directory):
-        if file.suffix == ".bin" and not allow_pickle:
+    files = [file for file in weight_files(directory) if file.suffix != ".json"]
+    state: dict[str, Tensor] = {}
+    for file in files:
+        if file.suffix == ".safetensors":
+            state |= _read_safetensors(file)
+        elif allow_pickle:
+            state |= weights_in(read_pickle(file), file)
+        else:
             raise CheckpointError(
                 f"{file}: a pickle, which the card does not allow; convert it to model.safetensors, or set "
                 "allow_pickle: true (it is read as weights only, no code runs)"
             )
-        if file.suffix == ".safetensors":
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    opened.keys()
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file}: truncated or not safetensors: {error}; fetch it again") from error
+    return state
 
 
-def _weights(directory: Path, network: Any, config: BlipConfig, dtype: torch.dtype) -> Any:
-    """The network with every weight from the checkpoint. transformers would only warn and draw what is missing."""
+def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
-        with quiet():
-            model, report = network.from_pretrained(
-                directory,
-                config=config,
-                dtype=dtype,
-                local_files_only=True,
-                use_safetensors=weight_files(directory)[0].name.startswith("model.safetensors"),
-                weights_only=True,
-                output_loading_info=True,
-            )
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  not a mapping
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: truncated or not safetensors: {error}; fetch it again") from error
+
+
+def read_pickle(file: Path) -> Any:
+    """What `torch.save` wrote: tensors and plain containers only, so no code runs.
+
+    Raises:
+        CheckpointError: no such file, broken, or it holds anything else.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise CheckpointError(f"{directory}: the weights do not load: {error}") from error
-    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        keys = sorted(str(key) for key in report[what])
-        if keys:
-            raise CheckpointError(
-                f"{directory}: {len(keys)} {what.replace('_', ' ')} for a {network.__name__}: {', '.join(keys[:5])}"
-                + (", ..." if len(keys) > 5 else "")
-            )
-    return model.eval().requires_grad_(False)
+        raise CheckpointError(f"{file}: the weights do not load: {error}") from error
+
+
+def weights_in(content: Any, file: Path) -> dict[str, Tensor]:
+    """The content of a file, if it is weights by name.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if not isinstance(content, dict) or not all(isinstance(weight, Tensor) for weight in content.values()):
+        raise CheckpointError(f"{file}: the weights do not load: expected tensors by name")
+    return content
+
+
+def _materialise(network: nn.Module, device: str) -> None:
+    """Give a network on the meta device memory, not filled. Unlike `to_empty`, it leaves tied parameters one."""
+    memory = {parameter: nn.Parameter(torch.empty_like(parameter, device=device)) for parameter in network.parameters()}
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, memory[parameter])
+
+
+# --- writing ---
+
+
+def save(network: CaptioningNetwork | RetrievalNetwork, directory: Path, tokenizer: Mapping[str, int] | Path) -> None:
+    """Write a checkpoint in the hub's format, which transformers reads, and :func:`load`.
+
+    Args:
+        directory: made, or replaced; appears whole.
+        tokenizer: a vocabulary, token to id, of bert-base-uncased's kind; or a checkpoint whose tokenizer is copied.
+
+    Raises:
+        CheckpointError: the other checkpoint has no tokenizer.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    config = copy.deepcopy(network.config)
+    config.architectures = [network.architecture]
+    weights = {name: weight.detach().contiguous() for name, weight in network.named_parameters()}  # tied ones once
+    config.dtype = next(iter(weights.values())).dtype
+    with tempfile.TemporaryDirectory(dir=directory.parent, prefix=".writing-") as scratch:
+        staged = Path(scratch) / "checkpoint"
+        staged.mkdir()
+        config.to_json_file(staged / "config.json")
+        save_file(weights, staged / "model.safetensors", metadata={"format": "pt"})
+        (staged / "model.safetensors").chmod((staged / "config.json").stat().st_mode)  # safetensors lets no one else in
+        write_processor(staged, tokenizer, config)
+        if directory.exists():
+            directory.rename(Path(scratch) / "replaced")
+        staged.rename(directory)
+
+
+def write_processor(directory: Path, tokenizer: Mapping[str, int] | Path, config: BlipConfig) -> None:
+    """Write the files that make texts and images into a network's input.
+
+    Args:
+        tokenizer: as :func:`save`'s.
+        config: the network's.
+
+    Raises:
+        CheckpointError: as :func:`save`.
+    """
+    if isinstance(tokenizer, Path):
+        _copy_tokenizer(tokenizer, directory)
+    else:
+        _write_tokenizer(directory, tokenizer, config.text_config.max_position_embeddings)
+    side = config.vision_config.image_size
+    processor = {
+        "image_processor_type": "BlipImageProcessor",
+        "processor_class": "BlipProcessor",
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
+    }
+    _write_json(directory / "preprocessor_config.json", processor)
+
+
+def _copy_tokenizer(source: Path, directory: Path) -> None:
+    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not any(file.name in ("tokenizer.json", "vocab.txt") for file in files):
+        raise CheckpointError(f"{source}: neither tokenizer.json nor vocab.txt; name a checkpoint that has one")
+    for file in files:
+        shutil.copyfile(file, directory / file.name)
+
+
+def _write_tokenizer(directory: Path, vocabulary: Mapping[str, int], positions: int) -> None:
+    tokenizer = bert_tokenizer(dict(vocabulary))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B [SEP]",
+        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    tokenizer.save(str(directory / "tokenizer.json"))
+    in_order = sorted(vocabulary, key=vocabulary.__getitem__)
+    (directory / "vocab.txt").write_text("".join(f"{token}\n" for token in in_order), encoding="utf-8")
+    marks = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    _write_json(directory / "special_tokens_map.json", marks)
+    settings = {**marks, "tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": positions}
+    _write_json(directory / "tokenizer_config.json", settings)
+
+
+def _write_json(file: Path, content: Any) -> None:
+    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence transformers' progress bars and load reports: what they say is checked, and raised, here."""
+    """Silence transformers' progress bars and warnings: what they say is checked, and raised, here."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()

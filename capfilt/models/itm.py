@@ -1,17 +1,19 @@
 """The filter: images and texts -> match probability and similarity.
 
-B  images    N  texts, of all images    S  side in pixels    T  image tokens    L  text tokens    D  width
+B  images    N  texts, as many of each of B images    S  side in pixels    T  image tokens    W  vision width
+L  text tokens    D  text width    J  width of ITC's vectors
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
+from capfilt.models.blip import Keys
 from capfilt.models.checkpoints import load
 from capfilt.spec import FilterCard
 
@@ -65,7 +67,8 @@ class ItmFilter:
 
         Args:
             images_BCSS: uint8 [B, 3, S, S], resized RGB. Each goes through the vision transformer once, one without
-                texts not at all. Any B; `batch_size` images, then as many texts, are in the network at a time.
+                texts not at all, and all its texts read one copy of it. Any B; `batch_size` images, then as many texts,
+                are in the network at a time.
             texts: those of each image, cleaned (capfilt.text.clean). Cut to `max_tokens`, [SEP] kept.
 
         Returns:
@@ -78,42 +81,42 @@ class ItmFilter:
         if len(images_BCSS) != len(texts):
             raise ValueError(f"{len(images_BCSS)} images, texts of {len(texts)}")
         scores: list[list[Score]] = [[] for _ in texts]
-        judged = [image for image, own in enumerate(texts) if own]
+        # Images with as many texts go together: texts side by side then read their image's keys without a copy.
+        judged = sorted((image for image, own in enumerate(texts) if own), key=lambda image: len(texts[image]))
         with torch.inference_mode():
             for start in range(0, len(judged), self._batch_size):
                 batch = judged[start : start + self._batch_size]
-                owners = [image for image in batch for _ in texts[image]]
-                flat = [text for image in batch for text in texts[image]]
-                for image, score in zip(
-                    owners, self._score_batch(images_BCSS[batch], batch, owners, flat), strict=True
-                ):
-                    scores[image].append(score)
+                judgements = self._score_batch(images_BCSS[batch], [texts[image] for image in batch])
+                for image, own in zip(batch, judgements, strict=True):
+                    scores[image] = own
         return scores
 
-    def _score_batch(
-        self, images_BCSS: Tensor, batch: Sequence[int], owners: Sequence[int], flat: Sequence[str]
-    ) -> list[Score]:
-        seen_BTD = self._blip.see(images_BCSS)
-        place = {image: position for position, image in enumerate(batch)}
-        image_N = torch.tensor([place[image] for image in owners], device=self._blip.device)
-        scores: list[Score] = []
-        for start in range(0, len(flat), self._batch_size):  # the image's tokens are copied for each text: bound that
-            some = slice(start, start + self._batch_size)
-            scores += self._score_texts(seen_BTD[image_N[some]], flat[some])
+    def _score_batch(self, images_BCSS: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Score]]:
+        """Judge images in ascending order of their number of texts."""
+        seen_BTW = self._blip.see(images_BCSS)
+        scores: list[list[Score]] = []
+        for some in _groups([len(own) for own in texts], self._batch_size):
+            image = self._blip.model.text_encoder.look(seen_BTW[some])
+            image_BJ = self._blip.model.embed_images(seen_BTW[some])
+            judged: list[list[Score]] = [[] for _ in texts[some]]
+            for first in range(0, len(texts[some][0]), self._batch_size):  # one turn, unless one image has so many
+                flat = [text for own in texts[some] for text in own[first : first + self._batch_size]]
+                flat_scores = self._score_texts(image, image_BJ, flat)
+                each = len(flat) // len(judged)
+                for number, own in enumerate(judged):
+                    own += flat_scores[number * each : (number + 1) * each]
+            scores += judged
         return scores
 
-    def _score_texts(self, seen_NTD: Tensor, texts: Sequence[str]) -> list[Score]:
+    def _score_texts(self, image: Sequence[Keys], image_BJ: Tensor, texts: Sequence[str]) -> list[Score]:
+        """Judge N texts, those of an image side by side."""
         ids_NL, mask_NL = self._tokens(texts)
-        model = self._blip.model
-        grounded_NLD = model.text_encoder(
-            input_ids=ids_NL, attention_mask=mask_NL, encoder_hidden_states=seen_NTD
-        ).last_hidden_state
-        itm_N = model.itm_head(grounded_NLD[:, 0]).float().softmax(-1)[:, 1]
+        network = self._blip.model
+        itm_N = network.match(network.text_encoder(ids_NL, mask_NL, image)).float().softmax(-1)[:, 1]
         unimodal_NL = ids_NL.index_fill(1, torch.zeros(1, dtype=torch.int64, device=ids_NL.device), self._blip.cls)
-        text_NLD = model.text_encoder(input_ids=unimodal_NL, attention_mask=mask_NL).last_hidden_state
-        image_ND = normalize(model.vision_proj(seen_NTD[:, 0]).float(), dim=-1)
-        text_ND = normalize(model.text_proj(text_NLD[:, 0]).float(), dim=-1)
-        itc_N = (image_ND * text_ND).sum(-1).clamp(-1, 1)  # rounding may leave the range by 1e-7; NaN stays
+        text_NJ = network.embed_texts(network.text_encoder(unimodal_NL, mask_NL))
+        image_NJ = image_BJ.repeat_interleave(len(text_NJ) // len(image_BJ), 0)
+        itc_N = (image_NJ * text_NJ).sum(-1).clamp(-1, 1)  # rounding may leave the range by 1e-7; NaN stays
         if not bool(torch.isfinite(itm_N + itc_N).all()):
             raise FloatingPointError("the filter's scores are not numbers")
         return [Score(*pair) for pair in zip(itm_N.tolist(), itc_N.tolist(), strict=True)]
@@ -128,3 +131,12 @@ class ItmFilter:
         ids = [row + [self._blip.pad] * (longest - len(row)) for row in rows]
         mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
         return torch.tensor(ids, device=self._blip.device), torch.tensor(mask, device=self._blip.device)
+
+
+def _groups(counts: Sequence[int], most: int) -> Iterator[slice]:
+    """Cut ascending counts into runs of equal ones that sum to at most `most`; one alone may be more."""
+    start = 0
+    while start < len(counts):
+        stop = min(start + max(1, most // counts[start]), bisect_right(counts, counts[start]))
+        yield slice(start, stop)
+        start = stop

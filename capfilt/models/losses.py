@@ -50,14 +50,17 @@ class Contrast(NamedTuple):
 
 
 def contrast(image_BE: Tensor, text_BE: Tensor, images_KE: Tensor, texts_KE: Tensor, temperature: Tensor) -> Contrast:
-    """Cosines over the temperature, of this rank's rows with the momentum twin's rows and its queue.
+    """Cosines over the temperature, of rows with candidates.
+
+    Float32 under autocast too: a cosine in bfloat16 is off by 0.002, which the temperature makes nats of.
 
     Args:
-        image_BE, text_BE: unit vectors.
-        images_KE, texts_KE: unit vectors of the twin: this batch's, then the queue's.
+        image_BE, text_BE: unit vectors of this rank's rows.
+        images_KE, texts_KE: unit vectors of the candidates. In ITC the momentum twin's, of the batch and of the queue.
         temperature: above 0.
     """
-    return Contrast(image_BE @ texts_KE.T / temperature, text_BE @ images_KE.T / temperature)
+    with torch.autocast(image_BE.device.type, enabled=False):
+        return Contrast(image_BE @ texts_KE.T / temperature, text_BE @ images_KE.T / temperature)
 
 
 def itc_loss(student: Contrast, teacher: Contrast, targets_BK: Tensor, alpha: float) -> Tensor:

@@ -16,8 +16,8 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_grad
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from transformers import BlipConfig
 
 from capfilt.models.blip import CaptioningNetwork, Keys, RetrievalNetwork, TextDecoder, WordHead
@@ -142,7 +142,7 @@ class _without_cross_attention:  # noqa: N801  reads as what it does
     def __enter__(self) -> None:
         self._kept = [layer.crossattention for layer in self._layers]
         for layer in self._layers:
-            del layer.crossattention
+            layer.register_module("crossattention", None)  # keeps its place, which a deleted one would lose
 
     def __exit__(self, *_: object) -> None:
         for layer, kept in zip(self._layers, self._kept, strict=True):
@@ -270,14 +270,16 @@ class MatchObjective(nn.Module):
             pool = pool.of_all_ranks()
         noise_2BM = _own_rows(torch.rand(2, rows * _size(), len(pool.image_ids), generator=noise), rows)
         draws_2BM = noise_2BM.clamp(1e-7, 1 - 1e-7).to(seen_BTD.device)
-        scale, own = self.temperature.detach(), batch.image_ids
-        text_B = hard_negatives(image_BE @ pool.text_embeds.T / scale, own, pool.image_ids, draws_2BM[0])
-        image_B = hard_negatives(text_BE @ pool.image_embeds.T / scale, own, pool.image_ids, draws_2BM[1])
+        own, heat = batch.image_ids, self.temperature.detach()
+        # Student with student, as models/blip_retrieval.py; in models/blip_pretrain.py the candidates are the twin's.
+        alike = contrast(image_BE.detach(), text_BE.detach(), pool.image_embeds, pool.text_embeds, heat)
+        text_B = hard_negatives(alike.image_to_text, own, pool.image_ids, draws_2BM[0])
+        image_B = hard_negatives(alike.text_to_image, own, pool.image_ids, draws_2BM[1])
         # Each image with its own text and with another's: two texts an image, which read the same keys.
         two_ids, two_mask = _side_by_side(ids_BL, batch.mask, pool.ids[text_B], pool.mask[text_B])
         both_N2 = self.network.match(encoder(two_ids, two_mask, keys))
         if self.settings.across_ranks and _size() > 1:
-            seen_MTD = torch.cat(dist_grad.all_gather(seen_BTD))  # type: ignore[no-untyped-call]
+            seen_MTD: Tensor = _GatheredWithGradient.apply(seen_BTD)  # type: ignore[no-untyped-call]
             other = encoder.look(seen_MTD[image_B])
         else:
             other = [Keys(layer.keys[image_B], layer.values[image_B]) for layer in keys]
@@ -391,3 +393,20 @@ def gathered(x_B: Tensor) -> Tensor:
     parts = [torch.empty_like(x_B) for _ in range(_size())]
     dist.all_gather(parts, x_B.contiguous())
     return torch.cat(parts)
+
+
+class _GatheredWithGradient(torch.autograd.Function):
+    """As `gathered`; what the losses of all ranks ask of a row comes back to the rank that has it.
+
+    salesforce/BLIP, models/blip_retrieval.py, GatherLayer.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_B: Tensor) -> Tensor:  # noqa: ARG004  torch passes it
+        return gathered(x_B)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, slope_M: Tensor) -> Tensor:  # noqa: ARG004
+        slope_M = slope_M.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(slope_M)
+        return slope_M.chunk(_size())[dist.get_rank()]

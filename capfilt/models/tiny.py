@@ -2,28 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
-import shutil
 import string
-import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
-from tokenizers import processors
 from torch import Tensor, nn
-from transformers import (
-    BlipConfig,
-    BlipForConditionalGeneration,
-    BlipForImageTextRetrieval,
-    BlipTextConfig,
-    BlipVisionConfig,
-)
+from transformers import BlipConfig, BlipTextConfig, BlipVisionConfig
 
-from capfilt.models.checkpoints import quiet
-from capfilt.models.preprocess import CLIP_MEAN, CLIP_STD
-from capfilt.models.tokenizer import bert_tokenizer
+from capfilt.models.blip import CaptioningNetwork, RetrievalNetwork, initialise
+from capfilt.models.checkpoints import save
 
 IMAGE_SIZE = 32
 WIDTH = 32
@@ -63,21 +51,11 @@ def write_tiny_pair(directory: Path, seed: int = 0) -> tuple[Path, Path]:
     """
     vocabulary = _vocabulary()
     config = _config(vocabulary)
-    networks = {"captioner": BlipForConditionalGeneration, "filter": BlipForImageTextRetrieval}
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".writing-") as scratch:
-        for number, (role, network) in enumerate(networks.items()):
-            staged = Path(scratch) / role
-            with quiet(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                model = network(config)
-                _fill(model, torch.Generator().manual_seed(seed * 2 + number), vocabulary)
-                model.save_pretrained(staged)
-            _write_processor(staged, vocabulary)
-        for role in networks:
-            if (directory / role).exists():
-                shutil.rmtree(directory / role)
-            (Path(scratch) / role).rename(directory / role)
+    with torch.random.fork_rng(devices=[]):  # what modules draw as they are made; all of it is drawn again
+        networks: tuple[CaptioningNetwork | RetrievalNetwork, ...] = CaptioningNetwork(config), RetrievalNetwork(config)
+    for number, (role, network) in enumerate(zip(("captioner", "filter"), networks, strict=True)):
+        _fill(network, torch.Generator().manual_seed(seed * 2 + number), vocabulary)
+        save(network, directory / role, vocabulary)
     return directory / "captioner", directory / "filter"
 
 
@@ -95,7 +73,7 @@ def _vocabulary() -> dict[str, int]:
     return {token: number for number, token in enumerate([*dict.fromkeys(tokens), *_MODES])}
 
 
-def _config(vocabulary: dict[str, int]) -> Any:
+def _config(vocabulary: dict[str, int]) -> BlipConfig:
     text = BlipTextConfig(
         vocab_size=len(vocabulary),
         hidden_size=WIDTH,
@@ -128,6 +106,7 @@ def _fill(model: nn.Module, generator: torch.Generator, vocabulary: dict[str, in
     def normal(weight: Tensor, std: float) -> None:
         weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
+    initialise(model, torch.Generator())  # for the biases and norms
     parameters = sorted(model.named_parameters())  # tied ones once
     for _, weight in parameters:
         if weight.dim() > 1:
@@ -152,39 +131,3 @@ def _fill(model: nn.Module, generator: torch.Generator, vocabulary: dict[str, in
         ]
         bias[pieces] = -4.0  # captions of words, not of letters
         bias[vocabulary["[SEP]"]] = 2.5
-
-
-def _write_processor(path: Path, vocabulary: dict[str, int]) -> None:
-    tokenizer = bert_tokenizer(vocabulary)
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]",
-        pair="[CLS] $A [SEP] $B [SEP]",
-        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
-    )
-    tokenizer.save(str(path / "tokenizer.json"))
-    (path / "vocab.txt").write_text("".join(f"{token}\n" for token in vocabulary), encoding="utf-8")
-    marks = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), _SPECIAL, strict=True))
-    _write_json(path / "special_tokens_map.json", marks)
-    _write_json(
-        path / "tokenizer_config.json",
-        {**marks, "tokenizer_class": "BertTokenizer", "do_lower_case": True, "model_max_length": 128},
-    )
-    _write_json(
-        path / "preprocessor_config.json",
-        {
-            "image_processor_type": "BlipImageProcessor",
-            "processor_class": "BlipProcessor",
-            "do_resize": True,
-            "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-            "resample": 3,
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(CLIP_MEAN),
-            "image_std": list(CLIP_STD),
-        },
-    )
-
-
-def _write_json(file: Path, content: Any) -> None:
-    file.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

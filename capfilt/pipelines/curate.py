@@ -43,10 +43,15 @@ WINDOW = 10_000
 COMMIT_SECONDS = 10.0
 """Finished shards are committed together, so often; less often where a commit of a large table takes over a second."""
 
-BUDGET_ROWS = 10_000
-"""A run is stopped early only when its errors exceed the budget of so many rows (of all, if it has fewer)."""
+SICK_ROWS = 10_000
+"""A run is stopped early when its errors exceed the budget of all its rows; or, after so many, when most are errors."""
+
+SICK_FILES = 1_000
+"""And after so many files, when most cannot be read."""
 
 _FOOTER_THREADS = 16
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 Execute = Callable[[Job, Iterator[Fragment], LoadModels], Generator[list[Receipt], None, None]]
 """Runs fragments and yields their receipts as they finish, in any order."""
@@ -107,8 +112,9 @@ def curate(
     """
     begin = time.monotonic()
     fingerprints = run_fingerprints(spec)
+    # Planned before anything is made: a mistyped input leaves nothing behind.
+    plan = make_plan(spec, fingerprints, CuratedDataset.committed_in(spec.output, spec.output_options))
     dataset = CuratedDataset.for_writing(spec.output, spec.output_options)
-    plan = make_plan(spec, fingerprints, dataset.committed())
     run = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
     summary = Summary(run, spec.output, fingerprints, skipped=len(plan.done), gone=len(plan.gone))
     work = bool(plan.todo) or unfinished(spec.output, spec.output_options)
@@ -116,11 +122,12 @@ def curate(
         if work:
             dataset.register(run, _record(spec, fingerprints, plan))
             job = Job(spec, fingerprints, run)
-            with Display(console or Console(stderr=True), spec.placement.max_actors) as display:
+            display = Display(console or Console(stderr=True), spec.placement.max_actors)
+            with _interruptible(), display:
                 if plan.todo:
                     _Driver(job, dataset, plan, display, summary).run(execute or on_ray, load)
                 dataset.vacuum()
-                discard(spec.output, spec.output_options)
+                discard(spec.output, spec.output_options, dataset.closed_runs())
         summary.outcome = "done"
         return summary
     except BaseException as error:
@@ -189,6 +196,24 @@ def _interruptible() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """What is inside is not torn by Ctrl-C or SIGTERM; they are heard at its end."""
+    heard: list[int] = []
+    try:
+        before = {number: signal.signal(number, lambda n, _: heard.append(n)) for number in _STOPPING}
+    except ValueError:  # not the main thread: signals do not come here
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    if heard:
+        raise KeyboardInterrupt(signal.Signals(heard[0]).name)
+
+
 class _Driver:
     """Follows shards from plan to commit."""
 
@@ -236,14 +261,18 @@ class _Driver:
         adopted = adopt(spec.output, spec.output_options, wanted, self._closed)
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
             for chunk in _chunks((file for file, _ in self.plan.todo), 4 * _FOOTER_THREADS):
-                for file, footer in zip(chunk, pool.map(self._footer, chunk), strict=True):
+                footers = dict(zip(chunk, pool.map(self._footer, chunk), strict=True))
+                for file, footer in footers.items():
                     if isinstance(footer, InputError):
                         self._fail(file.shard, str(footer))
-                        continue
-                    self._layouts[file.shard] = (file, footer.layout)
-                    self._budget.file_has(footer.rows)
-                    self.display.expect(self._budget.all_rows)
-                    yield from self._to_do(file, footer, adopted.get(file.shard, []))
+                    else:
+                        self._layouts[file.shard] = (file, footer.layout)
+                        self._budget.file_has(footer.rows)
+                self.display.expect(self._budget.all_rows)
+                self._stop_if_sick()
+                for file, footer in footers.items():
+                    if isinstance(footer, Footer):
+                        yield from self._to_do(file, footer, adopted.get(file.shard, []))
 
     def _footer(self, file: InputFile) -> Footer | InputError:
         try:
@@ -256,7 +285,8 @@ class _Driver:
             adopted = []
         for receipt in adopted:
             self.summary.adopted_rows += receipt.rows
-            self._take(receipt)
+            self.display.adopt(receipt)
+            self._count(receipt)
         ranges = gaps(adopted, footer.rows) if footer.rows or adopted else [(0, 0)]
         for start, stop in ranges:
             for a, b in cut(footer.row_groups, self.job.spec.fragment_rows, start, stop):
@@ -265,6 +295,8 @@ class _Driver:
     # --- receipts ---
 
     def _take(self, receipt: Receipt) -> None:
+        if self._paths[receipt.shard] in self.summary.failures:  # another fragment of it failed: it is given up
+            return
         if receipt.failure is not None:
             file, layout = self._layouts[receipt.shard]
             if self._retry is None:
@@ -272,10 +304,14 @@ class _Driver:
             else:
                 self._retry.append(Fragment(file, layout, receipt.start, receipt.stop, receipt.file_rows))
             return
-        self._budget.saw(receipt)
         for stage, spent in receipt.seconds.items():
             self.summary.seconds[stage] += spent
         self.display.update(receipt)
+        self._count(receipt)
+
+    def _count(self, receipt: Receipt) -> None:
+        """Add finished work, of this run or adopted, to its shard."""
+        self._budget.saw(receipt)
         receipts = self._receipts.setdefault(receipt.shard, [])
         receipts.append(receipt)
         if sum(r.rows for r in receipts) == receipt.file_rows:
@@ -311,13 +347,14 @@ class _Driver:
 
     def _commit(self) -> None:
         begin = time.monotonic()
-        complete, self._ready = self._ready, []
-        if complete:
-            self.dataset.commit([one.shard for one in complete])
-            self.summary.shards += len(complete)
-            for one in complete:
-                self.summary.counts += one.shard.counts
-                self.summary.reasons.update(one.reasons)
+        if self._ready:
+            with _uninterrupted():
+                complete, self._ready = self._ready, []
+                self.dataset.commit([one.shard for one in complete])
+                self.summary.shards += len(complete)
+                for one in complete:
+                    self.summary.counts += one.shard.counts
+                    self.summary.reasons.update(one.reasons)
         self._last_commit = time.monotonic()
         self._commit_took = self._last_commit - begin
 
@@ -388,17 +425,22 @@ class _Budget:
         return self._known_rows + (self._todo_files - self._known_files) * self._mean_rows
 
     def over(self) -> bool:
-        """Whether what was seen is over the budget."""
-        return self._over(self._seen.rows)
-
-    def sure_to_be_over(self) -> bool:
-        """Whether the run may stop now: over the budget of BUDGET_ROWS rows, or of all if it has fewer."""
-        return self._over(max(self._seen.rows, min(BUDGET_ROWS, self._resumed_rows + self.all_rows)))
-
-    def _over(self, rows: int) -> bool:
+        """Whether the run as a whole is over the budget."""
         inputs = max(1, self._done_rows + self.all_rows)
         lost = self._lost_files * self._mean_rows > self._fraction * inputs
-        return lost or self._seen.errors > self._fraction * rows
+        return lost or self._seen.errors > self._fraction * self._seen.rows
+
+    def sure_to_be_over(self) -> bool:
+        """Whether the run may stop now: its errors are over the budget of all its rows, or most of SICK_ROWS and more.
+
+        A few unreadable files stop nothing early: they cost no work, and what is good is committed first. Most of
+        SICK_FILES and more do: the store is down.
+        """
+        seen, share = self._seen, max(0.5, self._fraction)
+        most = seen.rows >= SICK_ROWS and seen.errors > share * seen.rows
+        files = self._known_files + self._lost_files
+        down = files >= SICK_FILES and self._lost_files > share * files
+        return most or down or seen.errors > self._fraction * max(seen.rows, self._resumed_rows + self.all_rows)
 
     def __str__(self) -> str:
         errors, rows = self._seen.errors, self._seen.rows
@@ -516,9 +558,7 @@ def _run_window(job: Job, window: list[Fragment], load: LoadModels) -> Iterator[
         for row in results.iter_rows():
             result = pickle.loads(row["result"])
             if isinstance(result, Failure):
-                failed = CapfiltError(f"a worker failed on {result.message}")
-                failed.add_note(result.trace)
-                raise failed
+                raise result.error
             yield result
     except ray.exceptions.RayError as error:
         raise CapfiltError(f"Ray failed: {error}") from error

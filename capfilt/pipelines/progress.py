@@ -72,6 +72,11 @@ class Display:
         """Rows the run is known or estimated to have."""
         self._total = rows
 
+    def adopt(self, receipt: Receipt) -> None:
+        """Count a fragment that an earlier run finished; it tells nothing of this run's speed."""
+        self._counts += receipt.counts
+        self._history = deque((then, rows + receipt.counts.rows) for then, rows in self._history)
+
     def update(self, receipt: Receipt) -> None:
         """Count one finished fragment."""
         now = time.monotonic()

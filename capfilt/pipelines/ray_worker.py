@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
+from capfilt.errors import CapfiltError
 from capfilt.fragments import Fragment
 from capfilt.pipelines.attempts import Attempts
 from capfilt.pipelines.worker import DeviceLostError, Job, LoadModels, Worker
@@ -57,10 +58,14 @@ class RemoteAttempts(Attempts):
 
 @dataclass(frozen=True)
 class Failure:
-    """What went wrong in a worker that is no row's fault: the models do not load, the output cannot be written."""
+    """What went wrong in a worker that is no row's fault: the models do not load, the output cannot be written.
 
-    message: str
-    trace: str
+    Attributes:
+        error: ends the run. The worker's own, where it is one of ours; else one that names the fragment, with the
+            worker's traceback as its note.
+    """
+
+    error: CapfiltError
 
 
 def start_attempts() -> Any:
@@ -80,11 +85,13 @@ class RayWorker:
         fragment: Fragment = pickle.loads(pickled)
         try:
             result: list[Receipt] | Failure = self._worker.process(fragment)
-        except DeviceLostError:
-            # Nothing works in this process any more. It dies as by a signal: Ray starts another, and the ledger of
-            # attempts finds the row, if it is a row's doing.
+        except (DeviceLostError, MemoryError):
+            # Nothing works in this process any more, or something in the fragment claims more memory than there is. It
+            # dies as by a signal: Ray starts another, and the ledger of attempts finds the row, if it is a row's doing.
             os._exit(1)
+        except CapfiltError as error:  # says itself what is wrong
+            result = Failure(error)
         except Exception as error:  # noqa: BLE001 - the driver raises it
-            message = f"{fragment.name}: {type(error).__name__}: {error}"
-            result = Failure(message, traceback.format_exc())
+            result = Failure(CapfiltError(f"a worker failed on {fragment.name}: {type(error).__name__}: {error}"))
+            result.error.add_note(traceback.format_exc())
         return pa.table({"result": pa.array([pickle.dumps(result)], pa.binary())})

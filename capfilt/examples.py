@@ -1,0 +1,201 @@
+"""Pairs to train on: what there is, in which order an epoch takes it, and reading it.
+
+An epoch is a list of groups; a group is a handful of row groups from all over the data, read together and shuffled. The
+order is a function of the seed and the epoch, so that a run can take it up again in the middle. Nothing here knows of
+ranks but `share`, and nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+import pyarrow.parquet as pq
+
+from capfilt.dataset import CuratedDataset
+from capfilt.errors import InputError, TrainingError
+from capfilt.fragments import Fragment, cut, read_footer, read_rows
+from capfilt.inputs import list_inputs, one_line
+from capfilt.spec import PairSource
+
+PART_ROWS = 250
+"""Rows of a part of a plain file, at most; a part of a dataset is a row group, 8 MiB or so."""
+
+GROUP_PARTS = 8
+"""Parts read and shuffled together."""
+
+_THREADS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Rows of one file that are read together.
+
+    Attributes:
+        source: position of its source in the spec.
+        url: of the file.
+        row_group: of a dataset's file.
+        fragment: of a plain file.
+    """
+
+    source: int
+    url: str
+    rows: int
+    row_group: int | None = None
+    fragment: Fragment | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Parts whose rows are shuffled together by `seed`."""
+
+    epoch: int
+    parts: tuple[Part, ...]
+    seed: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of all its parts."""
+        return sum(part.rows for part in self.parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """An image and the texts it may be trained with.
+
+    Attributes:
+        image: encoded bytes.
+        sha256: 32 bytes, of the image.
+    """
+
+    image: bytes
+    sha256: bytes
+    texts: tuple[str, ...]
+
+    @property
+    def image_id(self) -> int:
+        """63 bits of the sha256: pairs of one image have one id."""
+        return int.from_bytes(self.sha256[:8], "big") >> 1
+
+    def text(self, seed: int, epoch: int) -> str:
+        """The text of an epoch: one of its texts, each as likely, by the seed."""
+        if len(self.texts) == 1:
+            return self.texts[0]
+        return random.Random(f"{seed}/{epoch}/{self.sha256.hex()}").choice(self.texts)
+
+
+def list_parts(sources: Sequence[PairSource]) -> tuple[list[Part], dict[str, int]]:
+    """Everything there is to train on, and which version of each dataset that is.
+
+    Raises:
+        DatasetError: a dataset or its version is not there.
+        InputError: files cannot be listed or read, or there are none.
+    """
+    parts: list[Part] = []
+    versions: dict[str, int] = {}
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for number, source in enumerate(sources):
+            if source.dataset is not None:
+                dataset = CuratedDataset.for_reading(source.dataset, source.storage_options)
+                versions[source.dataset], urls = dataset.pair_files(source.version)
+                groups = pool.map(lambda url, options=source.storage_options: _row_groups(url, options), urls)
+                found = [
+                    Part(number, url, rows, row_group=n)
+                    for url, sizes in zip(urls, groups, strict=True)
+                    for n, rows in enumerate(sizes)
+                    if rows
+                ]
+            else:
+                found = _plain_parts(number, source, pool)
+            if not found:
+                raise InputError(f"data.{number}: {source.dataset or 'the files of pairs'} hold no rows to train on")
+            parts += found
+    return parts, versions
+
+
+def _plain_parts(number: int, source: PairSource, pool: ThreadPoolExecutor) -> list[Part]:
+    assert source.pairs is not None
+    pairs = source.pairs
+    files = list_inputs(pairs)
+    footers = pool.map(lambda file: read_footer(file, pairs.columns, pairs.storage_options), files)
+    return [
+        Part(number, file.path, stop - start, fragment=Fragment(file, footer.layout, start, stop, footer.rows))
+        for file, footer in zip(files, footers, strict=True)
+        for start, stop in cut(footer.row_groups, PART_ROWS)
+        if stop > start
+    ]
+
+
+def _row_groups(url: str, options: Mapping[str, Any]) -> list[int]:
+    try:
+        with fsspec.open(url, "rb", **options) as file:
+            metadata = pq.ParquetFile(file).metadata
+            return [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
+    except Exception as error:
+        raise InputError(f"{url}: cannot be read: {one_line(error)}") from error
+
+
+def epoch_groups(parts: Sequence[Part], sources: Sequence[PairSource], seed: int, epoch: int) -> list[Group]:
+    """The groups of an epoch in order: every part as often as its source's weight says, in an order of its own.
+
+    Args:
+        parts: of all sources.
+        sources: for their weights; a fraction of one is a fraction of the parts, others each epoch.
+    """
+    rng = random.Random(f"{seed}/{epoch}")
+    chosen: list[Part] = []
+    for number, source in enumerate(sources):
+        own = [part for part in parts if part.source == number]
+        whole = int(source.weight)
+        chosen += own * whole
+        chosen += rng.sample(own, round((source.weight - whole) * len(own)))
+    rng.shuffle(chosen)
+    cuts = range(0, len(chosen), GROUP_PARTS)
+    return [Group(epoch, tuple(chosen[n : n + GROUP_PARTS]), rng.getrandbits(63)) for n in cuts]
+
+
+def share(groups: Sequence[Group], rank: int, ranks: int) -> list[Group]:
+    """A rank's groups of an epoch.
+
+    Raises:
+        TrainingError: there are fewer groups than ranks.
+    """
+    if len(groups) < ranks:
+        raise TrainingError(f"{len(groups)} groups of rows for {ranks} workers; use fewer workers or more data")
+    return list(groups[rank::ranks])
+
+
+def read_group(group: Group, sources: Sequence[PairSource]) -> list[Pair | None]:
+    """A group's rows, shuffled; None for a row that has no image or no text.
+
+    Raises:
+        InputError: a file cannot be read.
+    """
+    pairs = [pair for part in group.parts for pair in _read_part(part, sources[part.source])]
+    random.Random(group.seed).shuffle(pairs)
+    return pairs
+
+
+def _read_part(part: Part, source: PairSource) -> Iterator[Pair | None]:
+    if part.fragment is not None:
+        assert source.pairs is not None
+        for row in read_rows(part.fragment, source.pairs.storage_options):
+            yield None if row.image is None or not row.text else _pair(row.image, (row.text,))
+        return
+    try:
+        with fsspec.open(part.url, "rb", **source.storage_options) as file:
+            table = pq.ParquetFile(file).read_row_group(part.row_group, columns=["image", "captions"])
+    except Exception as error:
+        raise InputError(f"{part.url}: cannot be read: {one_line(error)}") from error
+    for image, captions in zip(table["image"].to_pylist(), table["captions"].to_pylist(), strict=True):
+        texts = tuple(caption["text"] for caption in captions if caption["source"] in source.texts)
+        yield _pair(image, texts) if texts else None
+
+
+def _pair(image: bytes, texts: tuple[str, ...]) -> Pair:
+    return Pair(image, hashlib.sha256(image).digest(), texts)

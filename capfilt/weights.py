@@ -1,0 +1,81 @@
+"""Whether a checkpoint fits its card, by config.json and the list of files: before a weight is read, without torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from capfilt.errors import CheckpointError, SpecError
+from capfilt.fingerprints import checkpoint_files
+from capfilt.spec import CaptionerCard, FilterCard, HubCheckpoint
+
+ARCHITECTURES = {"captioner": "BlipForConditionalGeneration", "filter": "BlipForImageTextRetrieval"}
+"""What a config.json of the hub calls the network of each role."""
+
+DEFAULT_PATCH = 16
+"""transformers' BlipVisionConfig.patch_size: a config.json may leave out what is the default."""
+
+
+def inspect(card: CaptionerCard | FilterCard, directory: Path | None = None) -> None:
+    """Refuse a checkpoint that its card cannot use. Whether the weights themselves are whole, only loading tells.
+
+    Args:
+        directory: where the whole checkpoint is. If not given, the card's path, or what the hub's cache holds of it;
+            what the cache lacks is not inspected, and the hub is not asked.
+
+    Raises:
+        CheckpointError: files are missing, config.json cannot be read, the network is not the role's, or the weights
+            are a pickle that the card does not allow.
+        SpecError: the card's image_size is no multiple of the patch size.
+    """
+    checkpoint = card.checkpoint
+    in_part = directory is None and isinstance(checkpoint, HubCheckpoint)
+    if directory is None:
+        directory = cached(checkpoint) if isinstance(checkpoint, HubCheckpoint) else Path(checkpoint.path)
+    if directory is None:
+        return
+    try:
+        files = checkpoint_files(directory)
+    except CheckpointError:
+        if not in_part:
+            raise
+        files = []
+    patch = _patch_size(directory / "config.json", card.role)
+    for file in files:
+        if file.suffix == ".bin" and not card.allow_pickle:
+            raise CheckpointError(
+                f"{file}: a pickle, which the card does not allow; convert it to model.safetensors, or set "
+                "allow_pickle: true (it is read as weights only, no code runs)"
+            )
+    if card.image_size % patch:
+        raise SpecError(
+            f"{card.name}: image_size {card.image_size} is not a multiple of the patch size {patch} of {directory}; "
+            f"{max(1, card.image_size // patch) * patch} is"
+        )
+
+
+def cached(checkpoint: HubCheckpoint) -> Path | None:
+    """Where the hub's cache holds a checkpoint, or a part of it that has config.json."""
+    from huggingface_hub import try_to_load_from_cache  # a local checkpoint does not pay for it
+
+    config = try_to_load_from_cache(checkpoint.hub, "config.json", revision=checkpoint.revision)
+    return Path(config).parent if isinstance(config, str) else None
+
+
+def _patch_size(file: Path, role: str) -> int:
+    """The patch size that a config.json names, if its network is the role's."""
+    architecture = ARCHITECTURES[role]
+    try:
+        config = json.loads(file.read_bytes())
+        kind = config.get("model_type")
+        declared = [str(name) for name in config.get("architectures") or [architecture]]
+        patch = (config.get("vision_config") or {}).get("patch_size", DEFAULT_PATCH)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{file}: not a model configuration: {error}") from error
+    if kind != "blip" or architecture not in declared:
+        raise CheckpointError(
+            f"{file}: a {role} is a {architecture}; this is a {', '.join(declared)} ({kind}); name another checkpoint"
+        )
+    if not isinstance(patch, int) or patch < 1:
+        raise CheckpointError(f"{file}: vision_config.patch_size is {patch}, expected one number above 0")
+    return patch

@@ -1,0 +1,150 @@
+"""Pairs to train on: what an epoch holds, in which order, and what is read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import MakeSpec, jpeg, read, write_shard
+from rich.console import Console
+from stubs import load_hash
+
+from capfilt.dataset import CuratedDataset
+from capfilt.errors import DatasetError, InputError, TrainingError
+from capfilt.examples import GROUP_PARTS, PART_ROWS, Group, Pair, Part, epoch_groups, list_parts, read_group, share
+from capfilt.pipelines.curate import curate, in_process
+from capfilt.spec import Input, PairSource
+
+
+def plain(*paths: Path, weight: float = 1.0) -> PairSource:
+    return PairSource(pairs=Input(paths=tuple(map(str, paths))), weight=weight)
+
+
+def rows(groups: list[Group], sources: list[PairSource]) -> list[Pair | None]:
+    return [pair for group in groups for pair in read_group(group, sources)]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[PairSource]:
+    """700 rows and 300 rows, of which one has no image and one no text."""
+    images: list[bytes | None] = [jpeg(n) for n in range(1000)]
+    texts: list[str | None] = [f"text {n}" for n in range(1000)]
+    images[5], texts[6] = None, ""
+    first = write_shard(tmp_path / "a" / "0.parquet", images[:700], texts[:700], row_group=700)
+    second = write_shard(tmp_path / "b" / "1.parquet", images[700:], texts[700:], row_group=40)
+    return [plain(first), plain(second)]
+
+
+def test_an_epoch_has_every_row_once_in_an_order_of_its_own(shards: list[PairSource]) -> None:
+    parts, versions = list_parts(shards)
+    assert versions == {}
+    assert max(part.rows for part in parts) <= PART_ROWS
+    epochs = [rows(epoch_groups(parts, shards, seed=1, epoch=n), shards) for n in range(2)]
+    texts = [[pair.texts[0] for pair in epoch if pair is not None] for epoch in epochs]
+    assert [len(epoch) for epoch in epochs] == [1000, 1000]
+    assert sorted(texts[0]) == sorted(texts[1]) == sorted(f"text {n}" for n in range(1000) if n not in (5, 6))
+    assert texts[0] != texts[1]
+    again = rows(epoch_groups(parts, shards, seed=1, epoch=0), shards)
+    assert again == epochs[0]
+    assert rows(epoch_groups(parts, shards, seed=2, epoch=0), shards) != epochs[0]
+
+
+def test_a_pair_is_known_by_its_image(shards: list[PairSource]) -> None:
+    parts, _ = list_parts(shards)
+    pair = next(pair for pair in rows(epoch_groups(parts, shards, 0, 0), shards) if pair is not None)
+    assert pair.sha256 == hashlib.sha256(pair.image).digest()
+    assert pair.image_id == int(pair.sha256.hex()[:16], 16) // 2
+    assert pair.image == jpeg(int(pair.texts[0].split()[1]))
+
+
+def made_up(count: int, source: int = 0) -> list[Part]:
+    return [Part(source, f"{n}.parquet", rows=10, row_group=0) for n in range(count)]
+
+
+@pytest.mark.parametrize(("weight", "passes"), [(1.0, 40), (3.0, 120), (0.25, 10), (1.5, 60)])
+def test_weights_are_passes(weight: float, passes: int) -> None:
+    groups = epoch_groups(made_up(40), [PairSource(dataset="/d", weight=weight)], 0, 0)
+    counts = Counter(part.url for group in groups for part in group.parts)
+    assert sum(counts.values()) == passes
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert all(len(group.parts) == GROUP_PARTS for group in groups[:-1])
+
+
+def test_a_fraction_is_another_one_each_epoch() -> None:
+    source = [PairSource(dataset="/d", weight=0.5)]
+    seen = {frozenset(p.url for g in epoch_groups(made_up(40), source, 0, n) for p in g.parts) for n in range(3)}
+    assert len(seen) == 3
+
+
+def test_sources_are_mixed_within_groups() -> None:
+    sources = [PairSource(dataset="/d"), PairSource(dataset="/e")]
+    groups = epoch_groups([*made_up(64), *made_up(64, source=1)], sources, 0, 0)
+    assert sum({part.source for part in group.parts} == {0, 1} for group in groups) > 0.8 * len(groups)
+
+
+def test_ranks_share_an_epoch() -> None:
+    groups = epoch_groups(made_up(80), [PairSource(dataset="/d")], 0, 0)
+    assert sorted(g.seed for rank in range(3) for g in share(groups, rank, 3)) == sorted(g.seed for g in groups)
+    with pytest.raises(TrainingError, match="10 groups of rows for 11 workers"):
+        share(groups, 0, 11)
+
+
+def test_a_texts_draw_is_the_epochs() -> None:
+    pair = Pair(b"", bytes(32), ("one", "two", "three"))
+    drawn = [pair.text(seed=0, epoch=n) for n in range(300)]
+    assert drawn == [pair.text(seed=0, epoch=n) for n in range(300)]
+    assert min(Counter(drawn).values()) > 60
+    assert drawn != [pair.text(seed=1, epoch=n) for n in range(300)]
+
+
+@pytest.fixture
+def curated(make_spec: MakeSpec, tmp_path: Path) -> str:
+    """Two versions of a dataset: one shard, then two."""
+    for s in range(2):
+        write_shard(tmp_path / "in" / f"{s}.parquet", [jpeg(100 * s + n) for n in range(60)])
+        spec = make_spec()
+        with (tmp_path / "log").open("w") as log:
+            curate(spec, load=load_hash, execute=in_process, console=Console(file=log))
+    return spec.output
+
+
+def test_a_dataset_gives_its_kept_texts(curated: str) -> None:
+    kept = {row["image_sha256"]: row for row in read(curated, "pairs")}
+    assert any(len(row["captions"]) == 2 for row in kept.values())
+    for wanted in (("web", "synthetic"), ("web",), ("synthetic",)):
+        sources = [PairSource(dataset=curated, texts=wanted)]
+        parts, versions = list_parts(sources)
+        assert versions == {curated: CuratedDataset.for_reading(curated, {}).versions()["pairs"]}
+        got = {pair.sha256.hex(): pair for pair in rows(epoch_groups(parts, sources, 0, 0), sources) if pair}
+        expected = {
+            sha: tuple(caption["text"] for caption in row["captions"] if caption["source"] in wanted)
+            for sha, row in kept.items()
+        }
+        assert {sha: pair.texts for sha, pair in got.items()} == {sha: t for sha, t in expected.items() if t}
+        assert all(pair.image == kept[sha]["image"] for sha, pair in got.items())
+
+
+def test_an_old_version_stays_what_it_was(curated: str) -> None:
+    newest = CuratedDataset.for_reading(curated, {}).versions()["pairs"]
+    counts = {}
+    for version in (None, newest, newest - 1, 1):
+        parts, versions = list_parts([PairSource(dataset=curated, version=version)])
+        counts[version] = sum(part.rows for part in parts)
+        assert versions[curated] == (newest if version is None else version)
+    assert counts[None] == counts[newest] > counts[1] > 0
+
+
+def test_what_is_missing_is_named(curated: str, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="no version 99"):
+        list_parts([PairSource(dataset=curated, version=99)])
+    with pytest.raises(DatasetError, match="no curated dataset there"):
+        list_parts([PairSource(dataset=str(tmp_path / "nowhere"))])
+    empty = write_shard(tmp_path / "empty" / "0.parquet", [])
+    with pytest.raises(InputError, match=r"data\.1: the files of pairs hold no rows"):
+        list_parts([PairSource(dataset=curated), plain(empty)])
+    parts, _ = list_parts([PairSource(dataset=curated)])
+    gone = [Part(0, parts[0].url + ".gone", rows=1, row_group=0)]
+    with pytest.raises(InputError, match=r"\.gone: cannot be read"):
+        read_group(Group(0, tuple(gone), 0), [PairSource(dataset=curated)])

@@ -1,0 +1,192 @@
+"""What a run would do, and why: by what changed, by what is gone, and by what only moved."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import MakeSpec, jpeg, read, write_shard
+from rich.console import Console
+from stubs import load_hash
+
+from capfilt.dataset import Counts, Provenance, ShardState
+from capfilt.fingerprints import Fingerprints
+from capfilt.inputs import InputFile, list_inputs
+from capfilt.pipelines.curate import Summary, curate, in_process
+from capfilt.plan import Plan, Why, make_plan
+from capfilt.spec import CurateSpec, Input
+
+NOW = Fingerprints("caption", "score", "decide")
+
+
+def put(path: Path, content: bytes = b"no one reads it", moment: int = 1) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    os.utime(path, (moment, moment))
+    return path
+
+
+def state(file: InputFile) -> ShardState:
+    """Of a shard curated from a file as it is now, with what is wanted now."""
+    return ShardState(Provenance(file.input_id, NOW.caption, NOW.score, NOW.decide, "run"), Counts(10), 1, 1000)
+
+
+def curated(folder: Path) -> dict[str, ShardState]:
+    """A dataset that holds every file of a folder as it is now."""
+    return {file.shard: state(file) for file in list_inputs(Input(paths=(str(folder),)))}
+
+
+def plan(make_spec: MakeSpec, committed: dict[str, ShardState], now: Fingerprints = NOW) -> Plan:
+    return make_plan(make_spec(), now, committed)
+
+
+def reasons(made: Plan) -> list[tuple[str, Why]]:
+    return [(Path(file.path).name, why) for file, why in made.todo]
+
+
+# --- what changed ---
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        ([], None),
+        (["input_id"], Why.INPUT),
+        (["caption_fingerprint"], Why.CAPTION),
+        (["score_fingerprint"], Why.SCORE),
+        (["decide_fingerprint"], Why.DECIDE),
+        (["run"], None),
+        (["decide_fingerprint", "score_fingerprint"], Why.SCORE),
+        (["decide_fingerprint", "score_fingerprint", "caption_fingerprint"], Why.CAPTION),
+        (["decide_fingerprint", "score_fingerprint", "caption_fingerprint", "input_id"], Why.INPUT),
+    ],
+    ids=str,
+)
+def test_the_most_upstream_change_is_the_reason(
+    make_spec: MakeSpec, tmp_path: Path, changed: list[str], why: Why | None
+) -> None:
+    put(tmp_path / "in" / "0.parquet")
+    ((shard, before),) = curated(tmp_path / "in").items()
+    then = replace(before, provenance=replace(before.provenance, **dict.fromkeys(changed, "another")))
+    made = plan(make_spec, {shard: then})
+    assert reasons(made) == ([] if why is None else [("0.parquet", why)])
+    assert made.done == ((shard,) if why is None else ())
+    assert made.reasons == ({} if why is None else {why: 1})
+
+
+def test_new_changed_done_and_gone_files_are_told_apart(make_spec: MakeSpec, tmp_path: Path) -> None:
+    for name in "abcd":
+        put(tmp_path / "in" / f"{name}.parquet")
+    committed = curated(tmp_path / "in")
+    a, _, _, d = sorted(committed)
+    put(tmp_path / "in" / "b.parquet", moment=2)
+    put(tmp_path / "in" / "c.parquet", b"of another size")
+    (tmp_path / "in" / "d.parquet").unlink()
+    put(tmp_path / "in" / "e.parquet")
+    made = plan(make_spec, committed)
+    assert reasons(made) == [("b.parquet", Why.INPUT), ("e.parquet", Why.NEW)]
+    assert made.done == (a, sorted(committed)[2])
+    assert (made.gone, made.moved) == ((d,), 0)
+
+
+# --- what only moved ---
+
+
+def test_a_moved_folder_changes_nothing(make_spec: MakeSpec, tmp_path: Path) -> None:
+    for name in ("0.parquet", "deep/0.parquet", "1.parquet"):
+        put(tmp_path / "elsewhere" / name, name.encode())
+    committed = curated(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").rename(tmp_path / "in")
+    made = plan(make_spec, committed)
+    assert (made.todo, made.gone, made.moved) == ((), (), 3)
+    assert sorted(made.done) == sorted(committed)
+    assert plan(make_spec, committed) == made
+
+
+def test_a_moved_file_is_redone_in_its_old_place(make_spec: MakeSpec, tmp_path: Path) -> None:
+    put(tmp_path / "elsewhere" / "0.parquet")
+    committed = curated(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").rename(tmp_path / "in")
+    made = plan(make_spec, committed, replace(NOW, decide="another"))
+    assert [(file.path, file.shard, why) for file, why in made.todo] == [
+        (str(tmp_path / "in" / "0.parquet"), *committed, Why.DECIDE)
+    ]
+    assert (made.gone, made.moved) == ((), 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "moment"),
+    [("1.parquet", b"content", 1), ("0.parquet", b"another", 2), ("0.parquet", b"longer content", 1)],
+)
+def test_what_has_another_name_or_content_did_not_move(
+    make_spec: MakeSpec, tmp_path: Path, name: str, content: bytes, moment: int
+) -> None:
+    put(tmp_path / "elsewhere" / "0.parquet", b"content")
+    committed = curated(tmp_path / "elsewhere")
+    put(tmp_path / "in" / name, content, moment)
+    made = plan(make_spec, committed)
+    assert reasons(made) == [(name, Why.NEW)]
+    assert (made.gone, made.moved) == (tuple(committed), 0)
+
+
+def test_a_copy_beside_its_original_is_new(make_spec: MakeSpec, tmp_path: Path) -> None:
+    put(tmp_path / "in" / "a" / "0.parquet")
+    committed = curated(tmp_path / "in")
+    put(tmp_path / "in" / "b" / "0.parquet")
+    made = plan(make_spec, committed)
+    assert reasons(made) == [("0.parquet", Why.NEW)]
+    assert (made.done, made.gone, made.moved) == (tuple(committed), (), 0)
+
+
+def test_a_curated_file_keeps_its_shard_though_its_twin_is_gone(make_spec: MakeSpec, tmp_path: Path) -> None:
+    put(tmp_path / "in" / "a" / "0.parquet")
+    put(tmp_path / "in" / "b" / "0.parquet")
+    committed = curated(tmp_path / "in")
+    (tmp_path / "in" / "a" / "0.parquet").unlink()
+    made = plan(make_spec, committed)
+    assert set(made.done) == set(curated(tmp_path / "in"))
+    assert set(made.gone) == set(committed) - set(made.done)
+    assert (made.todo, made.moved) == ((), 0)
+
+
+@pytest.mark.parametrize(("before", "after"), [("ab", "xyz"), ("abc", "xy")])
+def test_twins_that_moved_are_matched_one_to_one(make_spec: MakeSpec, tmp_path: Path, before: str, after: str) -> None:
+    for name in before:
+        put(tmp_path / "elsewhere" / name / "0.parquet")
+    committed = curated(tmp_path / "elsewhere")
+    for name in after:
+        put(tmp_path / "in" / name / "0.parquet")
+    made = plan(make_spec, committed)
+    assert made.done == tuple(sorted(committed)[:2])
+    assert made.gone == tuple(sorted(committed)[2:])
+    assert [(file.path, why) for file, why in made.todo] == [
+        (str(tmp_path / "in" / name / "0.parquet"), Why.NEW) for name in after[2:]
+    ]
+    assert made.moved == 2
+    assert plan(make_spec, dict(reversed(committed.items()))) == made
+
+
+# --- whole runs ---
+
+
+def run(spec: CurateSpec) -> Summary:
+    return curate(spec, load=load_hash, execute=in_process, console=Console(file=io.StringIO()))
+
+
+def test_a_moved_project_is_not_curated_again(make_spec: MakeSpec, tmp_path: Path) -> None:
+    for s in range(2):
+        write_shard(tmp_path / "project" / "in" / f"{s}.parquet", [jpeg(100 * s + i) for i in range(30)])
+
+    def at(folder: Path) -> CurateSpec:
+        return make_spec(input=Input(paths=(str(folder / "in"),)), output=str(folder / "out"))
+
+    assert run(at(tmp_path / "project")).shards == 2
+    rows = read(str(tmp_path / "project" / "out"))
+    shutil.move(tmp_path / "project", tmp_path / "moved")
+    summary = run(at(tmp_path / "moved"))
+    assert (summary.shards, summary.skipped, summary.gone) == (0, 2, 0)
+    assert read(str(tmp_path / "moved" / "out")) == rows
