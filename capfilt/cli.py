@@ -63,10 +63,6 @@ def run(spec: SpecFile, overrides: Overrides = None) -> None:
 
 
 def _run(spec: CurateSpec) -> Summary:
-    from capfilt.weights import inspect
-
-    for card in (spec.captioner, spec.filter):
-        inspect(card)  # before torch and Ray are loaded
     from capfilt.pipelines.curate import curate
 
     summaries: list[Summary] = []

@@ -188,7 +188,6 @@ def test_a_mistyped_input_leaves_nothing_at_the_output(spec: Path) -> None:
     assert not (spec.parent / "out").exists()
 
 
-@pytest.mark.xfail(reason="curate blames the fragment for what is wrong with the spec")
 def test_what_a_worker_finds_wrong_with_the_spec_is_said_as_such(spec: Path) -> None:
     done = capfilt("run", spec, "--set", "filter.max_tokens=512")
     assert done.returncode == 2, done.stderr

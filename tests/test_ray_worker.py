@@ -83,7 +83,6 @@ def test_any_other_error_names_the_fragment_and_brings_its_traceback(fragment: t
 
 
 @pytest.mark.usefixtures("local_ray")
-@pytest.mark.xfail(reason="Ray Data's iter_rows leaves threads behind")
 def test_a_run_that_fails_leaves_no_thread_behind(tmp_path: Path, make_spec: MakeSpec) -> None:
     """One that meets Ray after its shutdown ends the process with exit code 1, before the error is printed."""
     write_shard(tmp_path / "in" / "0.parquet", [jpeg(i) for i in range(40)])

@@ -31,6 +31,7 @@ from capfilt.models.blip import CaptioningNetwork, RetrievalNetwork, fill
 from capfilt.models.preprocess import CLIP_MEAN, CLIP_STD, normalise
 from capfilt.models.tokenizer import bert_tokenizer, read_tokenizer, token_ids
 from capfilt.spec import CaptionerCard, FilterCard, HubCheckpoint
+from capfilt.weights import inspect
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Network = TypeVar("Network", CaptioningNetwork, RetrievalNetwork)
@@ -120,7 +121,8 @@ def load(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
     directory = locate(card)
     source = card.checkpoint.hub if isinstance(card.checkpoint, HubCheckpoint) else str(directory)
     kind = CaptioningNetwork if card.role == "captioner" else RetrievalNetwork
-    config = _config(directory, kind.architecture, card.role)
+    inspect(card, directory)
+    config = _config(directory)
     state = read_weights(directory, card.allow_pickle)
     try:
         with torch.device("meta"):
@@ -129,9 +131,6 @@ def load(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
         raise CheckpointError(f"{directory}: {error}") from None
     _materialise(network, device)
     fill(network, state, str(directory))
-    patch = config.vision_config.patch_size
-    if card.image_size % patch:
-        raise SpecError(f"{card.name}: image_size {card.image_size} is not a multiple of the patch size {patch}")
     tokenizer = read_tokenizer(directory)
     return Loaded(
         model=network.eval().requires_grad_(False),
@@ -188,19 +187,8 @@ def _fetch(card: CaptionerCard | FilterCard, checkpoint: HubCheckpoint, local_on
     return directory
 
 
-def _config(directory: Path, architecture: str, role: str) -> BlipConfig:
+def _config(directory: Path) -> BlipConfig:
     file = directory / "config.json"
-    try:
-        raw = json.loads(file.read_bytes())
-        declared = raw.get("architectures") or [architecture]
-        kind = raw.get("model_type")
-    except FileNotFoundError:
-        checkpoint_files(directory)  # says which part is missing
-        raise
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file}: not a model configuration: {error}") from error
-    if kind != "blip" or architecture not in declared:
-        raise CheckpointError(f"{file}: a {role} is a {architecture}; this is a {', '.join(declared)} ({kind})")
     try:
         with quiet():
             return BlipConfig.from_pretrained(directory, local_files_only=True)

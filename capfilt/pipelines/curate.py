@@ -36,6 +36,7 @@ from capfilt.pipelines.worker import Job, LoadModels, Worker, load_models
 from capfilt.plan import Plan, make_plan
 from capfilt.receipts import Receipt, adopt, discard, gaps, shard_commit, unfinished
 from capfilt.spec import CurateSpec
+from capfilt.weights import inspect
 
 WINDOW = 10_000
 """Fragments handed to Ray at a time: the driver pays about 13 KB for each."""
@@ -105,6 +106,7 @@ def curate(
         report: called with the summary once, at the end, however the run ends.
 
     Raises:
+        CheckpointError: a checkpoint cannot be used.
         ConflictError: another driver committed to the output.
         ErrorBudgetError: more rows are errors than the spec allows; what was good is committed.
         InputError: the inputs cannot be listed.
@@ -114,6 +116,9 @@ def curate(
     fingerprints = run_fingerprints(spec)
     # Planned before anything is made: a mistyped input leaves nothing behind.
     plan = make_plan(spec, fingerprints, CuratedDataset.committed_in(spec.output, spec.output_options))
+    if plan.todo and load is load_models:
+        for card in (spec.captioner, spec.filter):
+            inspect(card)
     dataset = CuratedDataset.for_writing(spec.output, spec.output_options)
     run = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
     summary = Summary(run, spec.output, fingerprints, skipped=len(plan.done), gone=len(plan.gone))
@@ -555,11 +560,14 @@ def _run_window(job: Job, window: list[Fragment], load: LoadModels) -> Iterator[
                 num_cpus=placement.cpus,
                 num_gpus=placement.gpus,
             )
-        for row in results.iter_rows():
-            result = pickle.loads(row["result"])
-            if isinstance(result, Failure):
-                raise result.error
-            yield result
+        # Not iter_rows: it leaves threads behind, and one that meets Ray after its shutdown silently ends the process.
+        for bundle in results.iter_internal_ref_bundles():
+            for entry in bundle.blocks:
+                (pickled,) = ray.get(entry.ref).column("result").to_pylist()  # a block is a fragment's
+                result = pickle.loads(pickled)
+                if isinstance(result, Failure):
+                    raise result.error
+                yield result
     except ray.exceptions.RayError as error:
         raise CapfiltError(f"Ray failed: {error}") from error
     finally:
