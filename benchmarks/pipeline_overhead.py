@@ -50,7 +50,7 @@ from rich.console import Console
 from capfilt.images import decode
 from capfilt.models.preprocess import resize
 from capfilt.pipelines.curate import curate, in_process
-from capfilt.pipelines.worker import _SCRATCH_BYTES
+from capfilt.pipelines.worker import SCRATCH_BYTES
 from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, Images, Input, LocalCheckpoint, Placement
 
 SIZE = 384
@@ -166,8 +166,8 @@ def run_ours(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
 def bare_loop(paths: list[Path]) -> tuple[float, float]:
     """Read and decode files. Returns the times of begin and end."""
     torch.set_num_threads(1)
-    limits, scratch = Images(), np.empty(_SCRATCH_BYTES, np.uint8)
-    pixels_HWC, between = (torch.empty(count, dtype=torch.uint8) for count in ((SIZE, SIZE, 3), _SCRATCH_BYTES))
+    limits, scratch = Images(), np.empty(SCRATCH_BYTES, np.uint8)
+    pixels_HWC, between = (torch.empty(count, dtype=torch.uint8) for count in ((SIZE, SIZE, 3), SCRATCH_BYTES))
     begin = time.time()
     for path in paths:
         with pq.ParquetFile(path) as parquet:

@@ -14,13 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import InputError, TrainingError
 from capfilt.fragments import Fragment, cut, read_footer, read_rows
-from capfilt.inputs import list_inputs, one_line
+from capfilt.inputs import Opened, list_inputs, one_line
 from capfilt.spec import PairSource
 
 PART_ROWS = 250
@@ -132,12 +131,8 @@ def _plain_parts(number: int, source: PairSource, pool: ThreadPoolExecutor) -> l
 
 
 def _row_groups(url: str, options: Mapping[str, Any]) -> list[int]:
-    try:
-        with fsspec.open(url, "rb", **options) as file:
-            metadata = pq.ParquetFile(file).metadata
-            return [metadata.row_group(n).num_rows for n in range(metadata.num_row_groups)]
-    except Exception as error:
-        raise InputError(f"{url}: cannot be read: {one_line(error)}") from error
+    with Opened(url, options) as parquet:
+        return [parquet.metadata.row_group(n).num_rows for n in range(parquet.metadata.num_row_groups)]
 
 
 def epoch_groups(parts: Sequence[Part], sources: Sequence[PairSource], seed: int, epoch: int) -> list[Group]:
@@ -187,11 +182,11 @@ def _read_part(part: Part, source: PairSource) -> Iterator[Pair | None]:
         for row in read_rows(part.fragment, source.pairs.storage_options):
             yield None if row.image is None or not row.text else _pair(row.image, (row.text,))
         return
-    try:
-        with fsspec.open(part.url, "rb", **source.storage_options) as file:
-            table = pq.ParquetFile(file).read_row_group(part.row_group, columns=["image", "captions"])
-    except Exception as error:
-        raise InputError(f"{part.url}: cannot be read: {one_line(error)}") from error
+    with Opened(part.url, source.storage_options) as parquet:
+        try:
+            table = parquet.read_row_group(part.row_group, columns=["image", "captions"])
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{part.url}: row group {part.row_group} cannot be read: {one_line(error)}") from error
     for image, captions in zip(table["image"].to_pylist(), table["captions"].to_pylist(), strict=True):
         texts = tuple(caption["text"] for caption in captions if caption["source"] in source.texts)
         yield _pair(image, texts) if texts else None

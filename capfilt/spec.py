@@ -340,14 +340,6 @@ ARCHITECTURES = {
 }
 
 
-def _named_architecture(value: Any) -> Any:
-    if isinstance(value, str):
-        if value not in ARCHITECTURES:
-            raise ValueError(f"one of {', '.join(ARCHITECTURES)}, or vision and text spelt out")
-        return ARCHITECTURES[value]
-    return value
-
-
 class Optimiser(_Model):
     """AdamW and its learning rate. The defaults are BLIP's pretraining of ViT-B (configs/pretrain.yaml)."""
 

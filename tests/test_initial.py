@@ -33,9 +33,10 @@ from transformers import (
 )
 
 from capfilt.errors import CheckpointError, SpecError
+from capfilt.fingerprints import weight_files
 from capfilt.models.blip import resize_positions
-from capfilt.models.checkpoints import quiet
-from capfilt.models.initial import blip_config, fetch, initial_med
+from capfilt.models.checkpoints import locate, quiet
+from capfilt.models.initial import blip_config, initial_med
 from capfilt.models.tokenizer import bert_tokenizer, token_ids
 from capfilt.spec import ARCHITECTURES, Architecture, LocalCheckpoint, TextTower, VisionTower
 
@@ -463,9 +464,9 @@ def test_a_pickle_runs_no_code(tmp_path: Path, tokenizer: Tokenizer, monkeypatch
 
 def test_a_local_checkpoint_needs_no_tokenizer(tmp_path: Path) -> None:
     directory = saved(ViTModel(ViTConfig(**VIT)), tmp_path / "vit")
-    assert fetch(LocalCheckpoint(path=str(directory)), allow_pickle=False) == directory
+    assert locate(LocalCheckpoint(path=str(directory)), False, weight_files) == directory
     with pytest.raises(CheckpointError, match="absent: no such directory"):
-        fetch(LocalCheckpoint(path=str(tmp_path / "absent")), allow_pickle=False)
+        locate(LocalCheckpoint(path=str(tmp_path / "absent")), False, weight_files)
 
 
 def test_the_hubs_cache(tmp_path: Path) -> None:
@@ -475,11 +476,12 @@ def test_the_hubs_cache(tmp_path: Path) -> None:
     pickled = to_pickle(shutil.copytree(cached, tmp_path / "models--owner--pickled" / "snapshots" / revision))
     script = """
 from capfilt.errors import CheckpointError
-from capfilt.models.initial import fetch
+from capfilt.fingerprints import weight_files
+from capfilt.models.checkpoints import locate
 from capfilt.spec import HubCheckpoint
 for name, pickles in (("cached", False), ("cached", True), ("pickled", True), ("absent", True), ("absent", False)):
     try:
-        print(fetch(HubCheckpoint(hub=f"owner/{name}", revision="a" * 40), pickles))
+        print(locate(HubCheckpoint(hub=f"owner/{name}", revision="a" * 40), pickles, weight_files))
     except CheckpointError as error:
         print("refused", str(error).replace(chr(10), " "))
 """

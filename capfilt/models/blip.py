@@ -412,16 +412,21 @@ class RetrievalNetwork(nn.Module):
 
     def embed_images(self, seen_BTW: Tensor) -> Tensor:
         """Unit vectors for ITC, float32 [B, joint width]."""
-        return F.normalize(self.vision_proj(seen_BTW[:, 0]).float(), dim=-1)
+        return unit_vectors(self.vision_proj, seen_BTW)
 
     def embed_texts(self, hidden_NLD: Tensor) -> Tensor:
         """Unit vectors for ITC, float32 [N, joint width], of the unimodal encoder's output."""
-        return F.normalize(self.text_proj(hidden_NLD[:, 0]).float(), dim=-1)
+        return unit_vectors(self.text_proj, hidden_NLD)
 
     def match(self, hidden_NLD: Tensor) -> Tensor:
         """ITM logits [N, 2] of the image-grounded encoder's output; class 1 is a match."""
         logits: Tensor = self.itm_head(hidden_NLD[:, 0])
         return logits
+
+
+def unit_vectors(projection: nn.Linear, x_BTD: Tensor) -> Tensor:
+    """Of the first tokens, projected; float32."""
+    return F.normalize(projection(x_BTD[:, 0]).float(), dim=-1)
 
 
 def _joint_width(config: BlipConfig) -> int:

@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar, overload
@@ -30,7 +30,7 @@ from capfilt.fingerprints import TOKENIZER_FILES, checkpoint_files, weight_files
 from capfilt.models.blip import CaptioningNetwork, RetrievalNetwork, fill
 from capfilt.models.preprocess import CLIP_MEAN, CLIP_STD, normalise
 from capfilt.models.tokenizer import bert_tokenizer, read_tokenizer, token_ids
-from capfilt.spec import CaptionerCard, FilterCard, HubCheckpoint
+from capfilt.spec import CaptionerCard, FilterCard, HubCheckpoint, LocalCheckpoint
 from capfilt.weights import inspect
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -118,7 +118,7 @@ def load(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
             a broken file, missing or unexpected weights.
         SpecError: the card's image_size does not fit the checkpoint's patches.
     """
-    directory = locate(card)
+    directory = locate(card.checkpoint, card.allow_pickle)
     source = card.checkpoint.hub if isinstance(card.checkpoint, HubCheckpoint) else str(directory)
     kind = CaptioningNetwork if card.role == "captioner" else RetrievalNetwork
     inspect(card, directory)
@@ -143,31 +143,40 @@ def load(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
     )
 
 
-def locate(card: CaptionerCard | FilterCard) -> Path:
-    """The directory that holds a card's checkpoint; from the hub, after a download if the cache lacks it.
+def locate(
+    checkpoint: HubCheckpoint | LocalCheckpoint,
+    allow_pickle: bool,
+    complete: Callable[[Path], Sequence[Path]] = checkpoint_files,
+) -> Path:
+    """The directory that holds a checkpoint; from the hub, after a download if the cache lacks it.
+
+    Args:
+        complete: raises CheckpointError where a directory lacks what is needed of it.
 
     Raises:
-        CheckpointError: the hub cannot be reached, or has no such checkpoint.
+        CheckpointError: not complete, or the hub cannot be reached, or has no such checkpoint.
     """
-    checkpoint = card.checkpoint
-    if not isinstance(checkpoint, HubCheckpoint):
+    if isinstance(checkpoint, LocalCheckpoint):
+        complete(Path(checkpoint.path))
         return Path(checkpoint.path)
-    try:
-        return _fetch(card, checkpoint, local_only=True)  # a revision never changes: ask the cache first, alone
+    try:  # a revision never changes: ask the cache first, alone
+        return _fetch(checkpoint, allow_pickle, complete, local_only=True)
     except CheckpointError:
         pass
     try:
-        return _fetch(card, checkpoint, local_only=False)
+        return _fetch(checkpoint, allow_pickle, complete, local_only=False)
     except CheckpointError as error:
         raise CheckpointError(
             f"{checkpoint.hub} at {checkpoint.revision} is not in the cache and could not be downloaded: {error}\n"
             f"On a connected machine: hf download {checkpoint.hub} --revision {checkpoint.revision} --local-dir DIR\n"
-            "then give the card `checkpoint: {path: DIR}`, or set HF_HOME to a cache that holds it."
-            + ("" if card.allow_pickle else "\nIf the revision has a pytorch_model.bin only: allow_pickle: true.")
+            "then write `path: DIR` in place of the hub's id, or set HF_HOME to a cache that holds it."
+            + ("" if allow_pickle else "\nIf the revision has a pytorch_model.bin only: allow_pickle: true.")
         ) from error
 
 
-def _fetch(card: CaptionerCard | FilterCard, checkpoint: HubCheckpoint, local_only: bool) -> Path:
+def _fetch(
+    checkpoint: HubCheckpoint, allow_pickle: bool, complete: Callable[[Path], Sequence[Path]], local_only: bool
+) -> Path:
     """The hub's snapshot of a revision, with the files a model needs; a pickle only for want of safetensors."""
 
     def snapshot(patterns: list[str]) -> Path:
@@ -179,11 +188,11 @@ def _fetch(card: CaptionerCard | FilterCard, checkpoint: HubCheckpoint, local_on
 
     try:
         directory = snapshot(["config.json", *TOKENIZER_FILES, *_SAFETENSORS])
-        if card.allow_pickle and not any((directory / name).exists() for name in _SAFETENSORS):
+        if allow_pickle and not any(directory.glob("model*.safetensors*")):
             directory = snapshot(_PICKLES)
     except Exception as error:  # huggingface_hub's, httpx's and the file system's have no common root
         raise CheckpointError(f"{type(error).__name__}: {error}") from error
-    checkpoint_files(directory)
+    complete(directory)
     return directory
 
 
@@ -202,7 +211,6 @@ def read_weights(directory: Path, allow_pickle: bool = False) -> dict[str, Tenso
     Raises:
         CheckpointError: files are missing or broken, or a pickle that is not allowed.
     """
-    checkpoint_files(directory)
     files = [file for file in weight_files(directory) if file.suffix != ".json"]
     state: dict[str, Tensor] = {}
     for file in files:
@@ -212,8 +220,8 @@ def read_weights(directory: Path, allow_pickle: bool = False) -> dict[str, Tenso
             state |= weights_in(read_pickle(file), file)
         else:
             raise CheckpointError(
-                f"{file}: a pickle, which the card does not allow; convert it to model.safetensors, or set "
-                "allow_pickle: true (it is read as weights only, no code runs)"
+                f"{file}: a pickle, which is not allowed; convert it to model.safetensors, or set allow_pickle: true "
+                "(it is read as weights only, no code runs)"
             )
     return state
 

@@ -23,6 +23,7 @@ from capfilt.images import decode
 from capfilt.models.augment import augment
 from capfilt.models.med import Batch
 from capfilt.models.preprocess import normalise, resize
+from capfilt.models.tokenizer import padded
 from capfilt.spec import Augment, Images
 from capfilt.text import clean
 
@@ -61,13 +62,6 @@ class Texts:
         """Of one text; it is cleaned up first."""
         own = self.tokenizer.encode(clean(text, self.words), add_special_tokens=False).ids
         return [self.cls, *[*self.prompt, *own][: self.max_tokens - 2], self.sep]
-
-    def padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Ids and mask, int64 [B, L], L that of the longest."""
-        longest = max(map(len, rows))
-        ids = [row + [self.pad] * (longest - len(row)) for row in rows]
-        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-        return torch.tensor(ids), torch.tensor(mask)
 
 
 class _Ready(NamedTuple):
@@ -152,7 +146,7 @@ class Feed:
 
     def _collated(self, batch: list[_Ready]) -> Batch:
         pixels_BCSS = torch.stack([ready.pixels for ready in batch]).permute(0, 3, 1, 2)
-        ids_BL, mask_BL = self._texts.padded([ready.ids for ready in batch])
+        ids_BL, mask_BL = padded([ready.ids for ready in batch], self._texts.pad)
         return Batch(
             normalise(pixels_BCSS.to(self._device), torch.float32),
             ids_BL.to(self._device),

@@ -16,20 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import BlipConfig, BlipTextConfig, BlipVisionConfig
 
 from capfilt.errors import CheckpointError, SpecError
-from capfilt.fingerprints import TOKENIZER_FILES, weight_files
 from capfilt.models.blip import initialise, resize_positions
-from capfilt.models.checkpoints import read_pickle, weights_in
+from capfilt.models.checkpoints import read_weights
 from capfilt.models.med import Med
 from capfilt.models.tokenizer import read_tokenizer
-from capfilt.spec import Architecture, HubCheckpoint, LocalCheckpoint
+from capfilt.spec import Architecture
 
 _Table = tuple[tuple[str, tuple[str, ...]], ...]
 """Pattern of our names, to the checkpoint's names for it. Several are stacked; with none, the weight stays as drawn."""
@@ -146,7 +142,8 @@ def initial_med(
     Args:
         image_size, tokenizer: as :func:`blip_config` takes them.
         generator: draws what no checkpoint gives, the same whichever are given.
-        vision: directory of a ViT's or DeiT's checkpoint; random if not given.
+        vision: directory of a ViT's or DeiT's checkpoint (`checkpoints.locate`, with `weight_files`: it needs no
+            tokenizer); random if not given.
         text: directory of a BERT's; random if not given.
         allow_pickle: read a pytorch_model.bin where there are no safetensors.
 
@@ -160,53 +157,6 @@ def initial_med(
     if text is not None:
         take_text(network, text, tokenizer, allow_pickle)
     return network
-
-
-def fetch(checkpoint: HubCheckpoint | LocalCheckpoint, allow_pickle: bool) -> Path:
-    """The directory of a checkpoint, after a download if the hub's cache lacks it. It need not hold a tokenizer.
-
-    Raises:
-        CheckpointError: no such directory, or the hub cannot be reached or has no such checkpoint.
-    """
-    if isinstance(checkpoint, LocalCheckpoint):
-        weight_files(Path(checkpoint.path))
-        return Path(checkpoint.path)
-    try:
-        return _snapshot(checkpoint, allow_pickle, local_only=True)  # a revision never changes: ask the cache first
-    except CheckpointError:
-        pass
-    try:
-        return _snapshot(checkpoint, allow_pickle, local_only=False)
-    except CheckpointError as error:
-        hub, revision = checkpoint.hub, checkpoint.revision
-        raise CheckpointError(
-            f"{hub} at {revision} is not in the cache and could not be downloaded: {error}\n"
-            f"On a connected machine: hf download {hub} --revision {revision} --local-dir DIR\n"
-            "then give `path: DIR` in its place, or set HF_HOME to a cache that holds it."
-            + ("" if allow_pickle else "\nIf the revision has a pytorch_model.bin only: allow_pickle: true.")
-        ) from error
-
-
-def _snapshot(checkpoint: HubCheckpoint, allow_pickle: bool, local_only: bool) -> Path:
-    """The hub's files of a revision; a pickle only for want of safetensors."""
-
-    def snapshot(stem: str, suffix: str) -> Path:
-        weights = [f"{stem}.{suffix}", f"{stem}-*.{suffix}", f"{stem}.{suffix}.index.json"]
-        patterns = ["config.json", *TOKENIZER_FILES, *weights]
-        return Path(
-            snapshot_download(
-                checkpoint.hub, revision=checkpoint.revision, allow_patterns=patterns, local_files_only=local_only
-            )
-        )
-
-    try:
-        directory = snapshot("model", "safetensors")
-        if allow_pickle and not any(directory.glob("model*.safetensors*")):
-            directory = snapshot("pytorch_model", "bin")
-    except Exception as error:  # huggingface_hub's, httpx's and the file system's have no common root
-        raise CheckpointError(f"{type(error).__name__}: {error}") from error
-    weight_files(directory)
-    return directory
 
 
 # --- weights of others ---
@@ -310,23 +260,9 @@ def _read(directory: Path, prefix: str, allow_pickle: bool) -> dict[str, Tensor]
 
     BERTs of 2018, bert-base-uncased among them, call the weight and bias of a norm gamma and beta.
     """
-    state: dict[str, Tensor] = {}
-    for file in weight_files(directory):
-        if file.suffix == ".safetensors":
-            try:
-                state |= load_file(file)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file}: truncated or not safetensors: {error}; fetch it again") from error
-        elif file.suffix == ".bin" and not allow_pickle:
-            raise CheckpointError(
-                f"{file}: a pickle, which is not allowed; convert it to model.safetensors, or set allow_pickle: true "
-                "(it is read as weights only, no code runs)"
-            )
-        elif file.suffix == ".bin":
-            state |= weights_in(read_pickle(file), file)
     modern = {"gamma": "weight", "beta": "bias"}
     renamed = {}
-    for name, tensor in state.items():
+    for name, tensor in read_weights(directory, allow_pickle).items():
         stem, dot, last = re.sub(rf"^{prefix}", "", name).rpartition(".")
         renamed[stem + dot + (modern.get(last, last) if "LayerNorm" in stem else last)] = tensor
     return renamed

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from capfilt.models.blip import Keys
 from capfilt.models.checkpoints import load
+from capfilt.models.tokenizer import padded, with_first
 from capfilt.spec import FilterCard
 
 _CHARACTERS_A_TOKEN = 100
@@ -113,7 +114,7 @@ class ItmFilter:
         ids_NL, mask_NL = self._tokens(texts)
         network = self._blip.model
         itm_N = network.match(network.text_encoder(ids_NL, mask_NL, image)).float().softmax(-1)[:, 1]
-        unimodal_NL = ids_NL.index_fill(1, torch.zeros(1, dtype=torch.int64, device=ids_NL.device), self._blip.cls)
+        unimodal_NL = with_first(ids_NL, self._blip.cls)
         text_NJ = network.embed_texts(network.text_encoder(unimodal_NL, mask_NL))
         image_NJ = image_BJ.repeat_interleave(len(text_NJ) // len(image_BJ), 0)
         itc_N = (image_NJ * text_NJ).sum(-1).clamp(-1, 1)  # rounding may leave the range by 1e-7; NaN stays
@@ -127,10 +128,8 @@ class ItmFilter:
         rows = [
             [self._first, *self._blip.ids(text[: room * _CHARACTERS_A_TOKEN])[:room], self._blip.sep] for text in texts
         ]
-        longest = max(map(len, rows))
-        ids = [row + [self._blip.pad] * (longest - len(row)) for row in rows]
-        mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
-        return torch.tensor(ids, device=self._blip.device), torch.tensor(mask, device=self._blip.device)
+        ids_NL, mask_NL = padded(rows, self._blip.pad)
+        return ids_NL.to(self._blip.device), mask_NL.to(self._blip.device)
 
 
 def _groups(counts: Sequence[int], most: int) -> Iterator[slice]:

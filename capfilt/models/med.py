@@ -10,7 +10,8 @@ S  side in pixels    T  image tokens    L  text tokens    D  width
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 from transformers import BlipConfig
 
-from capfilt.models.blip import CaptioningNetwork, Keys, RetrievalNetwork, TextDecoder, WordHead
+from capfilt.models.blip import CaptioningNetwork, Keys, RetrievalNetwork, TextDecoder, WordHead, unit_vectors
 from capfilt.models.losses import (
     contrast,
     hard_negatives,
@@ -30,6 +31,7 @@ from capfilt.models.losses import (
     lm_loss,
     one_hot_targets,
 )
+from capfilt.models.tokenizer import with_first
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,11 +92,10 @@ class Med(RetrievalNetwork):
     def roles(self) -> dict[str, dict[str, Tensor]]:
         """Its weights as a captioner's and as a filter's, by the names of those networks."""
         state = self.state_dict()
-        is_decoder = {name: name.startswith("text_decoder.") for name in state}
         only_filter = ("text_encoder.", "vision_proj.", "text_proj.", "itm_head.")
         return {
             "captioner": {name: tensor for name, tensor in state.items() if not name.startswith(only_filter)},
-            "filter": {name: tensor for name, tensor in state.items() if not is_decoder[name]},
+            "filter": {name: tensor for name, tensor in state.items() if not name.startswith("text_decoder.")},
         }
 
 
@@ -128,25 +129,22 @@ class Twin(nn.Module):
     def embed(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Unit vectors of images and texts, float32 [B, E] each."""
         seen_BTD = self.vision_model(batch.pixels)
-        image_BE = nn.functional.normalize(self.vision_proj(seen_BTD[:, 0]).float(), dim=-1)
         hidden_BLD = self.text_encoder(batch.ids, batch.mask)
-        return image_BE, nn.functional.normalize(self.text_proj(hidden_BLD[:, 0]).float(), dim=-1)
+        return unit_vectors(self.vision_proj, seen_BTD), unit_vectors(self.text_proj, hidden_BLD)
 
 
-class _without_cross_attention:  # noqa: N801  reads as what it does
+@contextmanager
+def _without_cross_attention(network: RetrievalNetwork) -> Iterator[None]:
     """Takes the cross-attention out of a network's text encoder for a while."""
-
-    def __init__(self, network: RetrievalNetwork) -> None:
-        self._layers = network.text_encoder.layers
-
-    def __enter__(self) -> None:
-        self._kept = [layer.crossattention for layer in self._layers]
-        for layer in self._layers:
-            layer.register_module("crossattention", None)  # keeps its place, which a deleted one would lose
-
-    def __exit__(self, *_: object) -> None:
-        for layer, kept in zip(self._layers, self._kept, strict=True):
-            layer.crossattention = kept
+    layers = network.text_encoder.layers
+    kept = [layer.crossattention for layer in layers]
+    for layer in layers:
+        layer.register_module("crossattention", None)  # keeps its place, which a deleted one would lose
+    try:
+        yield
+    finally:
+        for layer, own in zip(layers, kept, strict=True):
+            layer.crossattention = own
 
 
 class Queue(nn.Module):
@@ -334,11 +332,6 @@ def _caption_loss(
     ids_BL = with_first(batch.ids, dec)
     labels_BL = lm_labels(ids_BL, batch.mask, prompt)
     return lm_loss(decoder.logits(decoder.bert(ids_BL, image=keys, causal=True)), labels_BL, smoothing)
-
-
-def with_first(ids_BL: Tensor, token: int) -> Tensor:
-    """The texts with another first token."""
-    return torch.cat([torch.full_like(ids_BL[:, :1], token), ids_BL[:, 1:]], 1)
 
 
 def _side_by_side(ids_BL: Tensor, mask_BL: Tensor, others_BL: Tensor, masks_BL: Tensor) -> tuple[Tensor, Tensor]:

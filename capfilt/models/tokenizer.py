@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
 
 from capfilt.errors import CheckpointError
 
@@ -74,3 +77,16 @@ def token_ids(tokenizer: Tokenizer, config: Any, directory: Path) -> dict[str, i
             f"{config.sep_token_id}, {tokenizer.get_vocab_size()} tokens for a vocabulary of {config.vocab_size}"
         )
     return ids
+
+
+def padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Texts' ids and mask, int64 [N, L], padded on the right to the longest; the mask is 1 where there is text."""
+    longest = max(map(len, rows))
+    ids = [[*row, *[pad] * (longest - len(row))] for row in rows]
+    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)
+
+
+def with_first(ids_NL: Tensor, token: int) -> Tensor:
+    """The texts with another first token: [CLS], [ENC] and [DEC] choose the network's function."""
+    return torch.cat([torch.full_like(ids_NL[:, :1], token), ids_NL[:, 1:]], 1)

@@ -57,7 +57,7 @@ LOST_ROWS_LIMIT = 8
 AHEAD = 3
 """Batches of one call being decoded while another is on the device."""
 
-_SCRATCH_BYTES = 12 * 2**20
+SCRATCH_BYTES = 12 * 2**20
 """An image of 4 Mpx; larger ones take fresh memory."""
 
 _RECEIPTS = TypeAdapter(list[Receipt])
@@ -180,8 +180,8 @@ class _Scratch(threading.local):
     """Memory a decoding thread decodes and resizes into, image after image."""
 
     def __init__(self) -> None:
-        self.pixels = np.empty(_SCRATCH_BYTES, np.uint8)
-        self.resized = torch.empty(_SCRATCH_BYTES, dtype=torch.uint8)
+        self.pixels = np.empty(SCRATCH_BYTES, np.uint8)
+        self.resized = torch.empty(SCRATCH_BYTES, dtype=torch.uint8)
 
 
 class Worker:
