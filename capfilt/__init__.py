@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from capfilt.dataset import CuratedDataset
-    from capfilt.pipelines.curate import Summary
+    from capfilt.pipelines.run import Outcome
     from capfilt.spec import RunSpec
 
 __all__ = ["load_spec", "open_dataset", "run"]
@@ -29,11 +29,11 @@ def load_spec(path: str, overrides: list[str] | None = None) -> RunSpec:
     return spec.load_spec(path, overrides or ())
 
 
-def run(spec: RunSpec, **options: Any) -> Summary:
-    """Do what a spec says; see capfilt.pipelines.curate.curate for the options and errors."""
-    from capfilt.pipelines.curate import curate
+def run(spec: RunSpec, **options: Any) -> Outcome:
+    """Do what a spec says; see the function of its kind in capfilt.pipelines for the options and errors."""
+    from capfilt.pipelines.run import run
 
-    return curate(spec, **options)
+    return run(spec, **options)
 
 
 def open_dataset(output: str, storage_options: Mapping[str, Any] | None = None) -> CuratedDataset:

@@ -27,7 +27,7 @@ from capfilt.errors import (
     RunInterruptedError,
     SpecError,
 )
-from capfilt.spec import CurateSpec, HubCheckpoint, LocalCheckpoint, load_spec, output_location
+from capfilt.spec import CurateSpec, HubCheckpoint, LocalCheckpoint, load_curate_spec, output_location
 
 if TYPE_CHECKING:
     from capfilt.dataset import CuratedDataset
@@ -59,7 +59,7 @@ _NO_INPUT = "no input is left: every file that input.paths matches lies in the o
 @app.command()
 def run(spec: SpecFile, overrides: Overrides = None) -> None:
     """Do what a spec says. The same command resumes after a crash and recurates after a change."""
-    _run(load_spec(spec, overrides or ()))
+    _run(load_curate_spec(spec, overrides or ()))
 
 
 def _run(spec: CurateSpec) -> Summary:
@@ -114,7 +114,7 @@ def check(spec: SpecFile, overrides: Overrides = None) -> None:
     from capfilt.inputs import list_inputs
     from capfilt.weights import inspect
 
-    loaded = load_spec(spec, overrides or ())
+    loaded = load_curate_spec(spec, overrides or ())
     files = list_inputs(loaded.input, exclude=loaded.output)
     if not files:
         raise InputError(f"{spec}: {_NO_INPUT.format(output=loaded.output)}; name others")
@@ -158,7 +158,7 @@ def plan(spec: SpecFile, overrides: Overrides = None) -> None:
     from capfilt.fingerprints import run_fingerprints
     from capfilt.plan import make_plan
 
-    loaded = load_spec(spec, overrides or ())
+    loaded = load_curate_spec(spec, overrides or ())
     committed = CuratedDataset.committed_in(loaded.output, loaded.output_options)
     work = make_plan(loaded, run_fingerprints(loaded), committed)
     for why, count in work.reasons.items():
@@ -184,7 +184,7 @@ def status(output: Output) -> None:
 def _place(output: str) -> tuple[str, dict[str, Any]]:
     """A dataset's location and its storage options, from the command line's OUTPUT."""
     if output.endswith((".yaml", ".yml")) and Path(output).is_file():
-        spec = load_spec(output)
+        spec = load_curate_spec(output)
         return spec.output, spec.output_options
     return output_location(output), {}
 
@@ -221,7 +221,7 @@ def demo(
     from capfilt.inputs import list_inputs
     from capfilt.toyweb import render
 
-    loaded = load_spec(spec)
+    loaded = load_curate_spec(spec)
     web = Path(loaded.input.paths[0]).parent
     checkpoint = loaded.captioner.checkpoint
     if not isinstance(checkpoint, LocalCheckpoint):

@@ -131,7 +131,10 @@ def test_set_reaches_into_cards_and_reads_yaml(spec_file: Path) -> None:
         ("kind=[", "not valid YAML"),
         ("output.x=1", "output is 'out', not a mapping"),
         ("captioner.role=filter", "captioner.role: Input should be 'captioner'"),
-        ("kind=bake", "kind: Input should be 'curate'"),
+        (
+            "kind=curat",
+            "kind: 'curat' is not one of curate, pretrain, finetune-captioner, finetune-filter, evaluate, bootstrap",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(spec_file: Path, override: str, message: str) -> None:

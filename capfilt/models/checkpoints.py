@@ -129,7 +129,7 @@ def load(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
             network = kind(config).to(DTYPES[card.dtype])
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from None
-    _materialise(network, device)
+    materialise(network, device)
     fill(network, state, str(directory))
     tokenizer = read_tokenizer(directory)
     return Loaded(
@@ -259,7 +259,7 @@ def weights_in(content: Any, file: Path) -> dict[str, Tensor]:
     return content
 
 
-def _materialise(network: nn.Module, device: str) -> None:
+def materialise(network: nn.Module, device: str) -> None:
     """Give a network on the meta device memory, not filled. Unlike `to_empty`, it leaves tied parameters one."""
     memory = {parameter: nn.Parameter(torch.empty_like(parameter, device=device)) for parameter in network.parameters()}
     for module in network.modules():

@@ -34,6 +34,20 @@ class Score(NamedTuple):
     itc: float
 
 
+class Tokens(NamedTuple):
+    """Texts as the network reads them, on its device, to be read many times.
+
+    Attributes:
+        ids_NL: int64 [N, L], padded to the longest; the card's first token at position 0.
+        mask_NL: 1 where there is text.
+        lengths: tokens of each.
+    """
+
+    ids_NL: Tensor  # noqa: N815  the shape's suffix
+    mask_NL: Tensor  # noqa: N815
+    lengths: list[int]
+
+
 class ItmFilter:
     """BLIP's image-text matching and contrastive heads (BLIP section 3.1; salesforce/BLIP, models/blip_itm.py).
 
@@ -92,6 +106,87 @@ class ItmFilter:
                     scores[image] = own
         return scores
 
+    def embed_images(self, images_BCSS: Tensor) -> Tensor:
+        """ITC's vectors of images, by the vision transformer alone: float32 [B, J] of length 1, on the CPU.
+
+        Args:
+            images_BCSS: as :meth:`score`'s.
+
+        Raises:
+            FloatingPointError: they are not numbers.
+        """
+        with torch.inference_mode():
+            parts = [
+                self._blip.model.embed_images(self._blip.see(images_BCSS[start : start + self._batch_size])).cpu()
+                for start in range(0, len(images_BCSS), self._batch_size)
+            ]
+        return _finite(torch.cat(parts))
+
+    def embed_texts(self, tokens: Tokens) -> Tensor:
+        """ITC's vectors of texts, by the unimodal encoder: float32 [N, J] of length 1, on the CPU.
+
+        Args:
+            tokens: of :meth:`tokens`; [CLS] takes the first one's place. `batch_size` are in the network at a time.
+
+        Raises:
+            FloatingPointError: they are not numbers.
+        """
+        network, parts = self._blip.model, []
+        with torch.inference_mode():
+            for rows in _batched(range(len(tokens.lengths)), self._batch_size):
+                ids_NL, mask_NL = _take(tokens, rows)
+                parts.append(network.embed_texts(network.text_encoder(with_first(ids_NL, self._blip.cls), mask_NL)))
+            return _finite(torch.cat([part.cpu() for part in parts]))
+
+    def match(self, images_BCSS: Tensor, tokens: Tokens, wanted: Sequence[Sequence[int]]) -> list[Tensor]:
+        """The ITM head's logit of a match (class 1, not its probability), for retrieval (salesforce/BLIP, evaluation).
+
+        Args:
+            images_BCSS: as :meth:`score`'s. Each is seen once and its keys are shared by its texts, of which
+                `batch_size` are in the network at a time.
+            tokens: of all texts, from :meth:`tokens`.
+            wanted: for each image its texts, as positions in `tokens`.
+
+        Returns:
+            For each image the logits of its texts, float32 on the CPU.
+
+        Raises:
+            ValueError: shapes do not agree.
+            FloatingPointError: a logit is not a number.
+        """
+        if len(images_BCSS) != len(wanted):
+            raise ValueError(f"{len(images_BCSS)} images, texts of {len(wanted)}")
+        logits: list[Tensor] = []
+        with torch.inference_mode():
+            for start in range(0, len(wanted), self._batch_size):
+                seen_BTW = self._blip.see(images_BCSS[start : start + self._batch_size])
+                for number, seen_TW in enumerate(seen_BTW, start):
+                    logits.append(self._match_one(seen_TW[None], tokens, wanted[number]))
+        return logits
+
+    def _match_one(self, seen_1TW: Tensor, tokens: Tokens, wanted: Sequence[int]) -> Tensor:
+        """Logits of one image's texts; texts of equal length go together, so that little is padding."""
+        network = self._blip.model
+        image = network.text_encoder.look(seen_1TW)
+        order = sorted(range(len(wanted)), key=lambda n: tokens.lengths[wanted[n]])
+        parts = [
+            network.match(network.text_encoder(*_take(tokens, [wanted[n] for n in some]), image))[:, 1].float()
+            for some in _batched(order, self._batch_size)
+        ]
+        logit_N = torch.empty(len(wanted))
+        if parts:
+            logit_N[torch.tensor(order)] = torch.cat(parts).cpu()
+        return _finite(logit_N)
+
+    def tokens(self, texts: Sequence[str]) -> Tokens:
+        """Texts made ready for :meth:`embed_texts` and :meth:`match`.
+
+        Args:
+            texts: one or more, cleaned; cut as :meth:`score`'s.
+        """
+        ids_NL, mask_NL = self._tokens(texts)
+        return Tokens(ids_NL, mask_NL, mask_NL.sum(1).tolist())
+
     def _score_batch(self, images_BCSS: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Score]]:
         """Judge images in ascending order of their number of texts."""
         seen_BTW = self._blip.see(images_BCSS)
@@ -130,6 +225,23 @@ class ItmFilter:
         ]
         ids_NL, mask_NL = padded(rows, self._blip.pad)
         return ids_NL.to(self._blip.device), mask_NL.to(self._blip.device)
+
+
+def _take(tokens: Tokens, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Ids and mask of some texts, padded to the longest of them."""
+    longest = max(tokens.lengths[row] for row in rows)
+    rows_N = torch.tensor(rows, device=tokens.ids_NL.device)
+    return tokens.ids_NL[rows_N, :longest], tokens.mask_NL[rows_N, :longest]
+
+
+def _batched(rows: Sequence[int], most: int) -> Iterator[Sequence[int]]:
+    return (rows[start : start + most] for start in range(0, len(rows), most))
+
+
+def _finite(values: Tensor) -> Tensor:
+    if not bool(torch.isfinite(values).all()):
+        raise FloatingPointError("the filter's scores are not numbers")
+    return values
 
 
 def _groups(counts: Sequence[int], most: int) -> Iterator[slice]:

@@ -10,6 +10,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from capfilt.errors import TrainingError
 from capfilt.models.losses import PRIOR_COLLAPSE
-from capfilt.models.med import Batch, CaptionObjective, Losses, MatchObjective
+from capfilt.models.med import Batch, CaptionObjective, Losses, MatchObjective, gathered
 from capfilt.spec import Optimiser
 
 PLATEAU_STEPS = 200
@@ -115,7 +116,7 @@ class Training:
         optimiser: learning rate, schedule, decay, accumulation, clipping.
         autocast: bfloat16 for the forward pass; weights stay float32.
         seed: of dropout and negatives; the same on every rank but for dropout.
-        rank: of this process.
+        rank: of this process, of so many `ranks`.
     """
 
     def __init__(
@@ -131,6 +132,7 @@ class Training:
         autocast: bool,
         seed: int,
         rank: int = 0,
+        ranks: int = 1,
     ) -> None:
         self.objective, self.inner, self.settings = objective, inner, optimiser
         self.parameters = [p for p in inner.parameters() if p.requires_grad]
@@ -141,7 +143,7 @@ class Training:
         self.clock = Clock(0, steps_per_epoch, total)
         self.watch = Watch()
         self._alpha = (alpha_target, alpha_epochs)
-        self._autocast, self._seed, self._rank = autocast, seed, rank
+        self._autocast, self._seed, self._rank, self._ranks = autocast, seed, rank, ranks
 
     def run(
         self, batches: Iterable[Batch], log: Callable[[dict[str, float]], None], warn: Callable[[str], None]
@@ -165,7 +167,7 @@ class Training:
                 return
             metrics = self._step(some)
             rows = sum(len(batch.ids) for batch in some)
-            metrics["samples_per_s"] = rows / (time.perf_counter() - begin)
+            metrics["samples_per_s"] = rows * self._ranks / (time.perf_counter() - begin)
             log(metrics)
             if said := self.watch.see(self.clock.step, metrics):
                 warn(said)
@@ -182,16 +184,18 @@ class Training:
         torch.manual_seed(_mixed(self._seed + 1, clock.step) + self._rank)
         self.inner.follow()
         sums: dict[str, Tensor] = {}
-        for batch in batches:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
-                losses: Losses = self.objective(batch, weight, noise)
-            torch.autograd.backward(losses.total() / len(batches))
+        for number, batch in enumerate(batches, 1):
+            with self._alone() if number < len(batches) else nullcontext():
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast):
+                    losses: Losses = self.objective(batch, weight, noise)
+                torch.autograd.backward(losses.total() / len(batches))
             for name, loss in losses._asdict().items():
                 if loss is not None:
                     sums[name] = sums.get(name, torch.zeros((), device=loss.device)) + loss.detach() / len(batches)
         limit = settings.clip_norm or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
-        metrics = {name: float(value) for name, value in sums.items()}
+        means = gathered(torch.stack(list(sums.values()))[None]).mean(0)  # over ranks: all of them see what one sees
+        metrics = dict(zip(sums, means.tolist(), strict=True))
         metrics |= {"gradient_norm": float(norm), "learning_rate": rate, "epoch": float(clock.epoch)}
         if (temperature := getattr(self.inner, "temperature", None)) is not None:
             metrics |= {"temperature": float(temperature.detach()), "alpha": weight}
@@ -200,6 +204,11 @@ class Training:
         self.adam.zero_grad(set_to_none=True)
         self.clock = Clock(clock.step + 1, clock.steps_per_epoch, clock.total)
         return metrics
+
+    def _alone(self) -> AbstractContextManager[None]:
+        """Within it gradients of ranks do not meet; they do once a step, with its last batch."""
+        no_sync: Callable[[], AbstractContextManager[None]] = getattr(self.objective, "no_sync", nullcontext)
+        return no_sync()
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on, but for the batches."""

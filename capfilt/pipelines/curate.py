@@ -8,20 +8,14 @@ from __future__ import annotations
 
 import datetime
 import itertools
-import logging
-import os
 import pickle
-import platform
-import signal
-import socket
 import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from rich.console import Console
@@ -32,6 +26,7 @@ from capfilt.fingerprints import Fingerprints, run_fingerprints
 from capfilt.fragments import Footer, Fragment, Layout, cut, read_footer
 from capfilt.inputs import InputFile
 from capfilt.pipelines.progress import Display
+from capfilt.pipelines.session import connected, interruptible, quiet, surroundings, uninterrupted
 from capfilt.pipelines.worker import Job, LoadModels, Worker, load_models
 from capfilt.plan import Plan, make_plan
 from capfilt.receipts import Receipt, adopt, discard, gaps, shard_commit, unfinished
@@ -51,8 +46,6 @@ SICK_FILES = 1_000
 """And after so many files, when most cannot be read."""
 
 _FOOTER_THREADS = 16
-
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 Execute = Callable[[Job, Iterator[Fragment], LoadModels], Generator[list[Receipt], None, None]]
 """Runs fragments and yields their receipts as they finish, in any order."""
@@ -128,7 +121,7 @@ def curate(
             dataset.register(run, _record(spec, fingerprints, plan))
             job = Job(spec, fingerprints, run)
             display = Display(console or Console(stderr=True), spec.placement.max_actors)
-            with _interruptible(), display:
+            with interruptible(), display:
                 if plan.todo:
                     _Driver(job, dataset, plan, display, summary).run(execute or on_ray, load)
                 dataset.vacuum()
@@ -149,24 +142,12 @@ def curate(
 
 def _record(spec: CurateSpec, fingerprints: Fingerprints, plan: Plan) -> dict[str, Any]:
     """What a run was asked to do, and with what; kept in _runs/."""
-    packages = ("capfilt", "torch", "transformers", "ray", "pyarrow", "deltalake")
     return {
         "spec": spec.model_dump(mode="json"),
         "fingerprints": asdict(fingerprints),
         "shards": {str(why): count for why, count in plan.reasons.items()},
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "python": platform.python_version(),
-        "packages": {name: _version(name) for name in packages},
+        **surroundings(),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # shipped to the cluster as a folder
-        return "not installed"
 
 
 def _write_summary(dataset: CuratedDataset, summary: Summary) -> None:
@@ -181,42 +162,6 @@ def _write_summary(dataset: CuratedDataset, summary: Summary) -> None:
 def _as_json(summary: Summary) -> dict[str, Any]:
     nested = {"counts": asdict(summary.counts), "fingerprints": asdict(summary.fingerprints)}
     return {**vars(summary), **nested, "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """SIGTERM, which is how clusters say stop, ends a run as Ctrl-C does."""
-
-    def stop(signum: int, _: object) -> None:
-        raise KeyboardInterrupt(signal.Signals(signum).name)
-
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:  # not the main thread: whoever owns the signals handles them
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """What is inside is not torn by Ctrl-C or SIGTERM; they are heard at its end."""
-    heard: list[int] = []
-    try:
-        before = {number: signal.signal(number, lambda n, _: heard.append(n)) for number in _STOPPING}
-    except ValueError:  # not the main thread: signals do not come here
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-    if heard:
-        raise KeyboardInterrupt(signal.Signals(heard[0]).name)
 
 
 class _Driver:
@@ -353,7 +298,7 @@ class _Driver:
     def _commit(self) -> None:
         begin = time.monotonic()
         if self._ready:
-            with _uninterrupted():
+            with uninterrupted():
                 complete, self._ready = self._ready, []
                 self.dataset.commit([one.shard for one in complete])
                 self.summary.shards += len(complete)
@@ -483,37 +428,9 @@ def on_ray(job: Job, fragments: Iterator[Fragment], load: LoadModels) -> Generat
     Raises:
         CapfiltError: Ray cannot give one actor what the cards' placement asks for, or a worker raised.
     """
-    with _ray(job.spec), _interruptible():  # in this order: ray.init takes SIGTERM for itself
+    with connected(job.spec.ray), interruptible():  # in this order: ray.init takes SIGTERM for itself
         for window in _chunks(fragments, WINDOW):
             yield from _run_window(job, window, load)
-
-
-@contextmanager
-def _ray(spec: CurateSpec) -> Iterator[None]:
-    """A connection to Ray: the one that is there, or one of the spec's that ends with the run."""
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    local = spec.ray.address == "local"
-    try:
-        try:
-            ray.init(
-                address=spec.ray.address,
-                log_to_driver=False,
-                logging_level="ERROR",
-                **({"num_cpus": spec.ray.num_cpus, "include_dashboard": False} if local else {}),
-            )
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise CapfiltError(
-                f"ray.address {spec.ray.address}: no Ray there ({error}). Start one (`ray start --head`), or set "
-                "ray.address=local"
-            ) from error
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _check_capacity(spec: CurateSpec) -> None:
@@ -540,7 +457,7 @@ def _run_window(job: Job, window: list[Fragment], load: LoadModels) -> Iterator[
 
     _check_capacity(job.spec)
     placement = job.spec.placement
-    context = _context(ray.data.DataContext.get_current().copy())
+    context = quiet(ray.data.DataContext.get_current().copy())
     attempts = start_attempts()
     try:
         items = [{"fragment": pickle.dumps(fragment)} for fragment in window]
@@ -572,14 +489,3 @@ def _run_window(job: Job, window: list[Fragment], load: LoadModels) -> Iterator[
         raise CapfiltError(f"Ray failed: {error}") from error
     finally:
         ray.kill(attempts)
-
-
-def _context(context: Any) -> Any:
-    """Ray Data's settings for a run, set on a copy; it still logs everything to its own file."""
-    context.enable_progress_bars = False  # one progress display, and it is ours
-    context.print_on_execution_start = False
-    context.execution_no_progress_timeout_s = -1  # a fragment may take hours on a CPU, and a cluster may fill up late
-    for handler in logging.getLogger("ray.data").handlers:
-        if type(handler).__name__ == "PlainRayHandler":  # the console's
-            handler.setLevel(logging.ERROR)
-    return context

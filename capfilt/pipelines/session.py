@@ -1,0 +1,120 @@
+"""Around a run: the connection to Ray, and stopping when told to."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import platform
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from capfilt.errors import CapfiltError
+from capfilt.spec import Ray
+
+_STOPPING = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM, which is how clusters say stop, ends a run as Ctrl-C does."""
+
+    def stop(signum: int, _: object) -> None:
+        raise KeyboardInterrupt(signal.Signals(signum).name)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: whoever owns the signals handles them
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """What is inside is not torn by Ctrl-C or SIGTERM; they are heard at its end."""
+    heard: list[int] = []
+    try:
+        before = {number: signal.signal(number, lambda n, _: heard.append(n)) for number in _STOPPING}
+    except ValueError:  # not the main thread: signals do not come here
+        yield
+        return
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+    if heard:
+        raise KeyboardInterrupt(signal.Signals(heard[0]).name)
+
+
+@contextmanager
+def connected(settings: Ray, cpus: int | None = None) -> Iterator[None]:
+    """A connection to Ray: the one that is there, or one of its own that ends with the run.
+
+    Args:
+        cpus: of a local Ray, where the settings give none; all cores if neither does.
+
+    Raises:
+        CapfiltError: there is no Ray at the address.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    local = settings.address == "local"
+    try:
+        try:
+            ray.init(
+                address=settings.address,
+                log_to_driver=False,
+                logging_level="ERROR",
+                **({"num_cpus": settings.num_cpus or cpus, "include_dashboard": False} if local else {}),
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise CapfiltError(
+                f"ray.address {settings.address}: no Ray there ({error}). Start one (`ray start --head`), or set "
+                "ray.address=local"
+            ) from error
+        yield
+    finally:
+        ray.shutdown()
+
+
+def quiet(context: Any) -> Any:
+    """Ray Data's settings for a run, set on a copy; it still logs everything to its own file."""
+    context.enable_progress_bars = False  # one progress display, and it is ours
+    context.print_on_execution_start = False
+    context.execution_no_progress_timeout_s = -1  # a fragment may take hours on a CPU, and a cluster may fill up late
+    for handler in logging.getLogger("ray.data").handlers:
+        if type(handler).__name__ == "PlainRayHandler":  # the console's
+            handler.setLevel(logging.ERROR)
+    return context
+
+
+def surroundings() -> dict[str, Any]:
+    """When, where and with what a run is made; for its record."""
+    packages = ("capfilt", "torch", "transformers", "ray", "pyarrow", "deltalake")
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # shipped to the cluster as a folder
+        return "not installed"

@@ -1,0 +1,223 @@
+"""Training on Ray Train: one process a device, each over its own share of the data; resumes to the same step.
+
+The driver lists the data, pins the versions of datasets and starts the workers; the workers do everything else
+(capfilt.pipelines.train_worker). One worker on a local Ray is this process itself (Ray Train's local mode).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+import shutil
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from capfilt.errors import CapfiltError, TrainingError
+from capfilt.examples import Part, list_parts
+from capfilt.fingerprints import fingerprint
+from capfilt.models.trainee import ROLES
+from capfilt.pipelines.rows import Data
+from capfilt.pipelines.run_files import States, only_one, read_log, write_json
+from capfilt.pipelines.session import connected, interruptible, surroundings
+from capfilt.pipelines.train_worker import Task, train_here
+from capfilt.pipelines.training_progress import TrainingDisplay
+from capfilt.spec import PairSource, PretrainSpec, TrainSpec
+
+_MAY_CHANGE: dict[str, Any] = {"ray": True, "state_steps": True, "output": True, "workers": {"retries", "cpus"}}
+"""Fields that change nothing about what is trained: a run resumes with others."""
+
+
+@dataclass
+class TrainSummary:
+    """What a training run did.
+
+    Attributes:
+        steps: of the optimiser, in all.
+        resumed_at: the step that this attempt began after.
+        last: metrics of the last step.
+        cards: role -> the card of the checkpoint.
+    """
+
+    name: str
+    kind: str
+    output: str
+    rows: int = 0
+    steps: int = 0
+    resumed_at: int = 0
+    last: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    cards: dict[str, str] = field(default_factory=dict)
+    elapsed: float = 0.0
+
+
+def train(spec: TrainSpec, *, console: Console | None = None) -> TrainSummary:
+    """Pretrain or fine-tune, and write the checkpoints and their cards; a run that is done already is left alone.
+
+    Raises:
+        CheckpointError: a checkpoint to start from cannot be used.
+        ConflictError: another run is at work in the output.
+        DatasetError, InputError: the data are not there.
+        SpecError: a field does not fit a checkpoint.
+        TrainingError: the output holds another run, the data changed since the run began, or training diverged.
+        KeyboardInterrupt: the newest state is kept.
+    """
+    output = Path(spec.output)
+    summary = TrainSummary(spec.name, spec.kind, spec.output)
+    begin = time.monotonic()
+    with only_one(output):
+        task = _prepare(spec)
+        states = States(output)
+        summary.rows, summary.steps, summary.resumed_at = task.data.rows, task.total, states.newest() or 0
+        if not _done(spec):
+            display = TrainingDisplay(console or Console(stderr=True), output, task.total)
+            with interruptible(), display:
+                _fit(task)
+            states.clear()
+        lines = read_log(output)
+    summary.last = next((line for line in reversed(lines) if "warning" not in line), {})
+    summary.warnings = [line["warning"] for line in lines if "warning" in line]
+    summary.cards = {role: str(output / f"{role}.yaml") for role in ROLES[spec.kind]}
+    summary.elapsed = time.monotonic() - begin
+    return summary
+
+
+def _done(spec: TrainSpec) -> bool:
+    return all((Path(spec.output) / f"{role}.yaml").exists() for role in ROLES[spec.kind])
+
+
+# --- what is trained on ---
+
+
+def _prepare(spec: TrainSpec) -> Task:
+    """The run's task: as its record says where there is one, else new, and recorded."""
+    file = Path(spec.output) / "run.json"
+    record = _read_record(file)
+    pinned = record["versions"] if record else {}
+    sources = tuple(_pin(source, pinned) for source in spec.data)
+    parts, versions = list_parts(sources)
+    data = Data(sources, tuple(parts), spec.seed)
+    per_step = spec.batch_size * spec.optimiser.accumulate * spec.workers.count
+    steps_per_epoch = data.rows // per_step
+    if not steps_per_epoch:
+        raise TrainingError(
+            f"{data.rows:,} rows make no step of {per_step:,}; lower batch_size, optimiser.accumulate or workers.count"
+        )
+    total = spec.steps or max(1, round(spec.epochs * data.rows / per_step))
+    about = {"spec": _identity(spec), "data": _digest(parts), "start": _start(spec)}
+    if record is None:
+        length = {"rows": data.rows, "steps_per_epoch": steps_per_epoch, "total": total}
+        write_json(file, {**about, "versions": versions, **length, **surroundings()})
+    else:
+        _compare(file, record, about)
+    return Task(spec, data, steps_per_epoch, total)
+
+
+def _pin(source: PairSource, versions: Mapping[str, int]) -> PairSource:
+    if source.dataset is None or source.version is not None:
+        return source
+    return source.model_copy(update={"version": versions.get(source.dataset)})
+
+
+def _identity(spec: TrainSpec) -> dict[str, Any]:
+    return spec.model_dump(mode="json", exclude=_MAY_CHANGE)
+
+
+def _digest(parts: list[Part]) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _start(spec: TrainSpec) -> str | None:
+    return None if isinstance(spec, PretrainSpec) else fingerprint(spec.start.checkpoint)
+
+
+def _read_record(file: Path) -> dict[str, Any] | None:
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise TrainingError(f"{file}: not the record of a run ({error}); take another output, or delete it") from error
+    return record
+
+
+def _compare(file: Path, record: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    for name, now in about["spec"].items():
+        if (was := record["spec"].get(name)) != now:
+            raise TrainingError(
+                f"{file}: the run in this output has another {name} ({was!r}, now {now!r}); put it back to resume, or "
+                "take another output"
+            )
+    for name, what in (("data", "the data"), ("start", "the checkpoint to start from")):
+        if record[name] != about[name]:
+            raise TrainingError(f"{file}: {what} changed since the run began; put it back, or take another output")
+
+
+# --- Ray Train ---
+
+
+def _fit(task: Task) -> None:
+    spec = task.spec
+    workers = spec.workers
+    # A local Ray gets cores for reading beside the workers', which would else wait for each other.
+    with connected(spec.ray, cpus=int(workers.count * workers.cpus + 1.999)):
+        if workers.count == 1 and spec.ray.address == "local":
+            train_here(task)
+        else:
+            _fit_on_workers(task)
+
+
+def _fit_on_workers(task: Task) -> None:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+
+    spec = task.spec
+    workers, output = spec.workers, Path(spec.output)
+    attempt = f"attempt-{uuid.uuid4().hex[:8]}"
+    resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
+    trainer = TorchTrainer(
+        _loop,
+        train_loop_config={"task": pickle.dumps(task), "attempt": attempt},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=attempt,
+            storage_path=str(output / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=workers.retries),
+        ),
+    )
+    failure = _failure(output, attempt)
+    try:
+        trainer.fit()
+        if failure.exists():
+            error: CapfiltError = pickle.loads(failure.read_bytes())
+            raise error
+    except ray.train.TrainingFailedError as error:
+        raise TrainingError(f"training failed after {workers.retries} retries: {error}") from error
+    finally:
+        failure.unlink(missing_ok=True)
+        shutil.rmtree(output / "ray", ignore_errors=True)
+
+
+def _failure(output: Path, attempt: str) -> Path:
+    return output / f".failure-{attempt}"
+
+
+def _loop(config: dict[str, Any]) -> None:
+    """What each worker runs. An error of ours is left for the driver: workers started anew would only meet it again."""
+    task: Task = pickle.loads(config["task"])
+    failure = _failure(Path(task.spec.output), config["attempt"])
+    if failure.exists():
+        return
+    try:
+        train_here(task)
+    except CapfiltError as error:
+        failure.write_bytes(pickle.dumps(error))
+        raise

@@ -1,0 +1,104 @@
+"""Progress of a training run, read from its log as the workers write it, wherever they are."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+_LOSSES = ("itc", "itm", "lm")
+
+
+class TrainingDisplay:
+    """Shows steps, losses and samples/s: a live line on a terminal, a plain line now and then without one.
+
+    Args:
+        console: where to; its `is_terminal` chooses the form.
+        output: of the run.
+        total: steps of the run.
+        plain_seconds: between two plain lines.
+    """
+
+    def __init__(self, console: Console, output: Path, total: int, plain_seconds: float = 30.0) -> None:
+        self._console, self._file, self._total = console, output / "metrics.jsonl", total
+        self._seconds = 1.0 if console.is_terminal else plain_seconds
+        self._read = 0
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="training progress", daemon=True)
+        self._live: Progress | None = None
+        if console.is_terminal:
+            self._live = Progress(
+                TextColumn("train"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[line]}"),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=console,
+            )
+            self._task = self._live.add_task("train", total=total, line="starting")
+
+    def __enter__(self) -> TrainingDisplay:
+        if self._file.exists():
+            self._read = self._file.stat().st_size  # what an earlier attempt did is not news
+        if self._live:
+            self._live.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+        self._show()
+        if self._live:
+            self._live.stop()
+
+    def _follow(self) -> None:
+        while not self._ended.wait(self._seconds):
+            self._show()
+
+    def _show(self) -> None:
+        lines = self._news()
+        for line in lines:
+            if "warning" in line:
+                self._console.print(f"capfilt: {line['warning']}", markup=False, highlight=False, soft_wrap=True)
+        steps = [line for line in lines if "warning" not in line]
+        if not steps:
+            return
+        said = describe(steps)
+        if self._live:
+            self._live.update(self._task, completed=steps[-1]["step"], line=said)
+        else:
+            step = f"step {steps[-1]['step']:,} of {self._total:,}"
+            self._console.print(f"capfilt: {step}  {said}", markup=False, highlight=False, soft_wrap=True)
+
+    def _news(self) -> list[dict[str, Any]]:
+        """Whole lines since the last look."""
+        try:
+            if self._file.stat().st_size < self._read:  # workers that began anew cut it short
+                self._read = 0
+            with self._file.open("rb") as file:
+                file.seek(self._read)
+                text = file.read()
+        except FileNotFoundError:
+            return []
+        whole = text[: text.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return [json.loads(line) for line in whole.splitlines()]
+
+
+def describe(steps: list[dict[str, Any]]) -> str:
+    """Mean losses and speed of some steps, in one line."""
+    parts = []
+    for name in (*_LOSSES, "samples_per_s"):
+        values = [step[name] for step in steps if step.get(name) is not None]
+        if values:
+            mean = sum(values) / len(values)
+            parts.append(f"{mean:,.0f} samples/s" if name == "samples_per_s" else f"{name} {mean:.3f}")
+    return "  ".join(parts)

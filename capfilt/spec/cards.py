@@ -1,0 +1,77 @@
+"""Model cards: a checkpoint, and how it is used."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from capfilt.spec.fields import Checkpoint, Model
+
+
+class Placement(Model):
+    """What one actor takes from the cluster, and how many actors run. Both models of a run share one actor."""
+
+    gpus: float = Field(default=0, ge=0, le=64, description="GPUs an actor holds; 0 computes on the CPU.")
+    cpus: float = Field(default=1, gt=0, le=1024, description="CPU cores an actor holds; also its decoding threads.")
+    min_actors: int = Field(default=1, ge=1, description="Actors kept alive.")
+    max_actors: int = Field(default=1, ge=1, description="Actors the pool may grow to.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Placement:
+        if self.min_actors > self.max_actors:
+            raise ValueError(f"min_actors ({self.min_actors}) is above max_actors ({self.max_actors})")
+        return self
+
+
+class _Card(Model):
+    name: str = Field(pattern=r"^[\w.-]{1,80}$", description="Recorded with every row the model touched.")
+    checkpoint: Checkpoint = Field(description="Where the weights come from: `hub` and `revision`, or `path`.")
+    image_size: int = Field(ge=8, le=1024, description="Side in pixels; images are resized to a square of it.")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of weights and activations.")
+    batch_size: int = Field(default=16, ge=1, le=4096, description="Images in one forward pass.")
+    allow_pickle: bool = Field(
+        default=False, description="Load pytorch_model.bin where no safetensors exist (weights only, still no code)."
+    )
+    licence: str = Field(default="unknown", description="Of the weights, for the dataset card.")
+    placement: Placement = Field(default=Placement(), description="Resources of an actor that holds the model.")
+
+
+class CaptionerCard(_Card):
+    """A BLIP captioner (`BlipForConditionalGeneration`)."""
+
+    role: Literal["captioner"]
+    prompt: str = Field(
+        default="a picture of ",
+        max_length=200,
+        description="Text the decoder is given first; cut from the caption. COCO-fine-tuned captioners expect it.",
+    )
+
+
+class ThresholdsOverride(Model):
+    """Thresholds in place of a filter card's; what is not given stays the card's."""
+
+    web: float | None = Field(default=None, ge=0, le=1, description="For web texts.")
+    synthetic: float | None = Field(default=None, ge=0, le=1, description="For the captioner's texts.")
+
+
+class Thresholds(ThresholdsOverride):
+    """Match probability below which a text is dropped (BLIP section 3.3: unmatched by the ITM head is p < 0.5)."""
+
+    web: float = Field(default=0.5, ge=0, le=1, description="For web texts.")
+    synthetic: float = Field(default=0.5, ge=0, le=1, description="For the captioner's texts.")
+
+
+class FilterCard(_Card):
+    """A BLIP filter (`BlipForImageTextRetrieval`)."""
+
+    role: Literal["filter"]
+    first_token: Literal["[ENC]", "[CLS]"] = Field(
+        default="[ENC]",
+        description="Token at position 0 of the image-grounded encoder; the ITM head was trained with [ENC].",
+    )
+    max_tokens: int = Field(default=35, ge=2, le=512, description="Longer texts are cut (BLIP fine-tunes with 35).")
+    thresholds: Thresholds = Field(default=Thresholds(), description="Used where the spec gives none.")
+
+
+ModelCard = Annotated[CaptionerCard | FilterCard, Field(discriminator="role")]

@@ -1,0 +1,175 @@
+"""Reading specs and cards from YAML: overrides, cards by path, and errors that name the field."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from capfilt.errors import SpecError
+from capfilt.spec.bootstrap import BootstrapSpec
+from capfilt.spec.cards import CaptionerCard, FilterCard, ModelCard
+from capfilt.spec.curation import CurateSpec
+from capfilt.spec.evaluation import EvaluateSpec
+from capfilt.spec.fields import absolute
+from capfilt.spec.training import FinetuneCaptionerSpec, FinetuneFilterSpec, PretrainSpec
+
+RunSpec = CurateSpec | PretrainSpec | FinetuneCaptionerSpec | FinetuneFilterSpec | EvaluateSpec | BootstrapSpec
+"""One spec for each kind of run."""
+
+_KINDS: dict[str, type[RunSpec]] = {
+    "curate": CurateSpec,
+    "pretrain": PretrainSpec,
+    "finetune-captioner": FinetuneCaptionerSpec,
+    "finetune-filter": FinetuneFilterSpec,
+    "evaluate": EvaluateSpec,
+    "bootstrap": BootstrapSpec,
+}
+_CARDS = ("captioner", "filter", "start")
+"""Fields that hold a card, or its path."""
+
+
+def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
+    """Read a run spec.
+
+    Args:
+        path: a YAML file. Paths in it, and in overrides, resolve relative to it.
+        overrides: `a.b=value` assignments, the value read as YAML; applied in order before validation, to the card
+            (`captioner=card.yaml`) and into the card's own fields (`captioner.batch_size=8`) too.
+
+    Raises:
+        SpecError: naming the file and each field that is wrong, with the nearest known name for an unknown key.
+    """
+    path = Path(path)
+    data = _read_yaml(path)
+    for override in overrides:
+        _assign(data, override, path.parent)
+    for field in _CARDS:
+        _open_card(data, field, path.parent)
+    spec: RunSpec = _validated(_kind(data, path), data, path)
+    return spec
+
+
+def _kind(data: Mapping[str, Any], path: Path) -> type[RunSpec]:
+    kind = data.get("kind")
+    if isinstance(kind, str) and kind in _KINDS:
+        return _KINDS[kind]
+    near = difflib.get_close_matches(str(kind), _KINDS, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    found = f"{_short(kind)} is not one of" if "kind" in data else "required: one of"
+    raise SpecError(f"{path}: kind: {found} {', '.join(_KINDS)}{hint}")
+
+
+def load_curate_spec(path: str | Path, overrides: Sequence[str] = ()) -> CurateSpec:
+    """Read the spec of a CapFilt run.
+
+    Raises:
+        SpecError: as :func:`load_spec`, or it is a spec of another kind.
+    """
+    spec = load_spec(path, overrides)
+    if not isinstance(spec, CurateSpec):
+        raise SpecError(f"{path}: kind: this needs a `curate` spec, and it is a `{spec.kind}` spec")
+    return spec
+
+
+def load_card(path: str | Path) -> CaptionerCard | FilterCard:
+    """Read a model card.
+
+    Raises:
+        SpecError: as :func:`load_spec`.
+    """
+    card: CaptionerCard | FilterCard = _validated(ModelCard, _read_yaml(Path(path)), Path(path))
+    return card
+
+
+def _open_card(data: dict[str, Any], role: str, base: Path) -> None:
+    """Put a card's raw fields in place of its path, its checkpoint's path made absolute against the card's own file."""
+    if not isinstance(data.get(role), str):
+        return
+    path = Path(absolute(data[role], base))
+    card = _read_yaml(path)
+    checkpoint = card.get("checkpoint")
+    if isinstance(checkpoint, dict) and isinstance(checkpoint.get("path"), str):
+        card["checkpoint"] = {**checkpoint, "path": absolute(checkpoint["path"], path.parent)}
+    data[role] = card
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SpecError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path}: cannot be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise SpecError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(data, dict):
+        raise SpecError(f"{path}: expected a mapping of fields, found {type(data).__name__}")
+    return data
+
+
+def _assign(data: dict[str, Any], override: str, base: Path) -> None:
+    name, equals, text = override.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise SpecError(f"--set {override}: write it as path=value, for example fragment_rows=500")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SpecError(f"--set {override}: the value is not valid YAML: {error}") from error
+    if len(keys) > 1 and keys[0] in _CARDS:
+        _open_card(data, keys[0], base)
+    node = data
+    for key in keys[:-1]:
+        child = node.setdefault(key, {})
+        if not isinstance(child, dict):
+            raise SpecError(f"--set {override}: {key} is {child!r}, not a mapping")
+        node = child
+    node[keys[-1]] = value
+
+
+def _validated(what: Any, data: dict[str, Any], path: Path) -> Any:
+    try:
+        return TypeAdapter(what).validate_python(data, context={"base": path.parent})
+    except ValidationError as error:
+        lines = [_explain(item, what) for item in error.errors(include_url=False)]
+        raise SpecError("\n".join(f"{path}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def _models(annotation: Any) -> set[type[BaseModel]]:
+    """The models an annotation mentions, through unions, containers and Annotated."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation}
+    return {model for inner in get_args(annotation) for model in _models(inner)}
+
+
+def _explain(item: Any, what: Any) -> str:
+    """One line for one pydantic error: the field's path, what is wrong and, for an unknown key, the nearest name."""
+    models, path = _models(what), []
+    for part in item["loc"][:-1]:
+        inner = {
+            m for model in models if part in model.model_fields for m in _models(model.model_fields[part].annotation)
+        }
+        if inner or isinstance(part, int):
+            path.append(str(part))
+        models = inner or models  # a union's tag in the location is no field
+    last = str(item["loc"][-1]) if item["loc"] else ""
+    field = ".".join([*path, last])
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(last, {name for model in models for name in model.model_fields}, n=1)
+        return f"{field}: unknown field" + (f"; did you mean {near[0]}?" if near else "")
+    if item["type"] == "missing":
+        return f"{field}: required"
+    message = item["msg"].removeprefix("Value error, ")
+    if last.endswith("_options"):
+        return f"{field}: {message}"  # the value may be the secret that was refused
+    return f"{field}: {message} (got {_short(item['input'])})"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,97 @@
+"""An evaluation's report as tables for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.table import Table
+
+Record = Mapping[str, Any]
+
+
+def report_table(report: Record) -> list[Table]:
+    """A table for each part that was measured.
+
+    Args:
+        report: what evaluation.json holds: capfilt.pipelines.evaluate.Report.record().
+    """
+    makers = {"pairs": _pairs, "captioning": _captioning, "retrieval": _retrieval, "calibration": _calibration}
+    tables = [make(report[part]) for part, make in makers.items() if report.get(part)]
+    return tables + [_quality(dataset) for dataset in report.get("quality", ())]
+
+
+def _titled(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        table.add_column(column, justify="right" if number else "left")
+    return table
+
+
+def _pairs(pairs: Record) -> Table:
+    table = _titled("test pairs", "", "rows")
+    table.add_row(f"used: {pairs['images']:,} images, {pairs['texts']:,} texts", f"{pairs['texts']:,}")
+    for reason, count in pairs["left_out"].items():
+        table.add_row(f"left out: {reason}", f"{count:,}")
+    return table
+
+
+def _captioning(found: Record) -> Table:
+    table = _titled("captioning", "", "")
+    table.add_row("CIDEr", _percent(found["cider"]))
+    table.add_row("BLEU-4", _percent(found["bleu4"]))
+    table.add_row("words", f"{found['mean_words']:.1f}")
+    table.add_row("different captions", f"{found['distinct']:,}")
+    if found["judged"]:
+        table.add_row(f"true, of {found['judged']:,}", _percent(found["true"]))
+        table.add_row("true and whole", _percent(found["exact"]))
+    return table
+
+
+def _retrieval(found: Record) -> Table:
+    ways = {"image_to_text": "TR", "text_to_image": "IR"}
+    pools = f", {found['pools']:,} pools of {found['pool_images']:,}" if found["pools"] > 1 else ""
+    title = f"retrieval: {found['images']:,} images, {found['texts']:,} texts{pools}"
+    if found["left_out_images"]:
+        title += f"; {found['left_out_images']:,} images fill no pool and are left out"
+    columns = [(way, k) for way in ways for k in found["itc"][way]]
+    table = _titled(title, "", *(f"{ways[way]}@{k}" for way, k in columns))
+    for name, label in (("itc", "ITC"), ("itm", f"ITM, best {found['k_test']:,}")):
+        table.add_row(label, *(_percent(found[name][way][k]) for way, k in columns))
+    return table
+
+
+def _calibration(found: Record) -> Table:
+    title = f"filter: {found['matched']:,} pairs, {found['shuffled']:,} shuffled"
+    table = _titled(title, "", "")
+    if found["problem"]:
+        table.add_row("no threshold", found["problem"])
+    else:
+        table.add_row("threshold", f"{found['threshold']:.4f}")
+    for name in ("precision", "recall", "false_positive_rate", "roc_auc", "average_precision"):
+        if found[name] is not None:
+            table.add_row(name.replace("_", " ").replace("roc auc", "ROC AUC"), _percent(found[name]))
+    return table
+
+
+def _quality(found: Record) -> Table:
+    noise = f"noise {_percent(found['noise_before'])} before, {_percent(found['noise_after'])} after"
+    table = _titled(f"{found['dataset']}: {noise}", "", *found["sources"])
+    for name, label in (("texts", "texts"), ("judged", "judged"), ("scored", "scored"), ("kept", "kept")):
+        table.add_row(label, *(f"{own[name]:,}" for own in found["sources"].values()))
+    for name, label in (
+        ("noise_before", "noise before"),
+        ("noise_after", "noise after"),
+        ("roc_auc", "ROC AUC"),
+        ("average_precision", "average precision"),
+        ("precision", "precision"),
+        ("recall", "recall"),
+        ("false_positive_rate", "false positive rate"),
+    ):
+        table.add_row(label, *(_percent(own[name]) for own in found["sources"].values()))
+    return table
+
+
+def _percent(value: float | None) -> str:
+    """As papers print it: times 100."""
+    return "-" if value is None else f"{100 * value:.1f}"
