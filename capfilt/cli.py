@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from capfilt.errors import (
     CapfiltError,
@@ -27,10 +25,28 @@ from capfilt.errors import (
     RunInterruptedError,
     SpecError,
 )
-from capfilt.spec import CurateSpec, HubCheckpoint, LocalCheckpoint, load_curate_spec, output_location
+from capfilt.printing import (
+    NO_INPUT,
+    err,
+    print_bootstrap,
+    print_dataset,
+    print_evaluation,
+    print_summary,
+    print_training,
+    say,
+)
+from capfilt.spec import (
+    BootstrapSpec,
+    CurateSpec,
+    EvaluateSpec,
+    HubCheckpoint,
+    LocalCheckpoint,
+    load_curate_spec,
+    load_spec,
+    output_location,
+)
 
 if TYPE_CHECKING:
-    from capfilt.dataset import CuratedDataset
     from capfilt.pipelines.curate import Summary
 
 app = typer.Typer(
@@ -39,8 +55,6 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="A run spec (YAML). Paths in it are relative to it.")]
 Overrides = Annotated[
@@ -53,16 +67,31 @@ Output = Annotated[
     str, typer.Argument(metavar="OUTPUT", help="A curated dataset: its directory or URL, or the spec (.yaml) it is of.")
 ]
 _DEMO_SHARDS = 6
-_NO_INPUT = "no input is left: every file that input.paths matches lies in the output, {output}"
 
 
 @app.command()
 def run(spec: SpecFile, overrides: Overrides = None) -> None:
     """Do what a spec says. The same command resumes after a crash and recurates after a change."""
-    _run(load_curate_spec(spec, overrides or ()))
+    loaded = load_spec(spec, overrides or ())
+    if isinstance(loaded, CurateSpec):
+        _curate(loaded)
+        return
+    from capfilt.pipelines.run import run
+
+    try:
+        with _native_noise_in_a_file() as console:
+            if isinstance(loaded, EvaluateSpec):
+                print_evaluation(run(loaded, console=console))
+            elif isinstance(loaded, BootstrapSpec):
+                print_bootstrap(run(loaded, console=console))
+            else:
+                print_training(run(loaded, console=console))
+    except KeyboardInterrupt:
+        message = "interrupted; the newest state is kept. Run the same command again to resume"
+        raise RunInterruptedError(message) from None
 
 
-def _run(spec: CurateSpec) -> Summary:
+def _curate(spec: CurateSpec) -> Summary:
     from capfilt.pipelines.curate import curate
 
     summaries: list[Summary] = []
@@ -74,7 +103,7 @@ def _run(spec: CurateSpec) -> Summary:
         raise RunInterruptedError(message) from None
     finally:
         for summary in summaries:
-            _print_summary(summary)
+            print_summary(summary)
 
 
 @contextmanager
@@ -103,7 +132,7 @@ def _native_noise_in_a_file() -> Iterator[Console]:
         if done or not os.path.getsize(noise.name):
             os.unlink(noise.name)
         else:
-            _say(f"capfilt: what Ray had to say is in {noise.name}", err)
+            say(f"capfilt: what Ray had to say is in {noise.name}", err)
 
 
 @app.command()
@@ -117,20 +146,18 @@ def check(spec: SpecFile, overrides: Overrides = None) -> None:
     loaded = load_curate_spec(spec, overrides or ())
     files = list_inputs(loaded.input, exclude=loaded.output)
     if not files:
-        raise InputError(f"{spec}: {_NO_INPUT.format(output=loaded.output)}; name others")
+        raise InputError(f"{spec}: {NO_INPUT.format(output=loaded.output)}; name others")
     footer = read_footer(files[0], loaded.input.columns, loaded.input.storage_options)
     for card in (loaded.captioner, loaded.filter):
         inspect(card)
     prints = run_fingerprints(loaded)
-    _say(f"{spec}: a valid {loaded.kind} spec")
-    _say(
-        f"inputs: {len(files):,} files, {sum(file.size for file in files):,} bytes; the first has {footer.rows:,} rows"
-    )
+    say(f"{spec}: a valid {loaded.kind} spec")
+    say(f"inputs: {len(files):,} files, {sum(file.size for file in files):,} bytes; the first has {footer.rows:,} rows")
     layout = footer.layout
-    _say(f"columns: image={layout.image} text={layout.text} url={layout.url} key={layout.key}")
+    say(f"columns: image={layout.image} text={layout.text} url={layout.url} key={layout.key}")
     for card in (loaded.captioner, loaded.filter):
-        _say(f"{card.role} {card.name}: {_whereabouts(card.checkpoint)}")
-    _say(f"fingerprints: caption {prints.caption}, score {prints.score}, decide {prints.decide}")
+        say(f"{card.role} {card.name}: {_whereabouts(card.checkpoint)}")
+    say(f"fingerprints: caption {prints.caption}, score {prints.score}, decide {prints.decide}")
 
 
 def _whereabouts(checkpoint: HubCheckpoint | LocalCheckpoint) -> str:
@@ -163,14 +190,14 @@ def plan(spec: SpecFile, overrides: Overrides = None) -> None:
     work = make_plan(loaded, run_fingerprints(loaded), committed)
     for why, count in work.reasons.items():
         size = sum(file.size for file, reason in work.todo if reason is why)
-        _say(f"curate {count:,} shards ({size:,} bytes): {why}")
-    _say(f"leave {len(work.done):,} shards: up to date")
+        say(f"curate {count:,} shards ({size:,} bytes): {why}")
+    say(f"leave {len(work.done):,} shards: up to date")
     if work.moved:
-        _say(f"{work.moved:,} files have moved and keep their shards")
+        say(f"{work.moved:,} files have moved and keep their shards")
     if work.gone:
-        _say(f"keep {len(work.gone):,} shards that are no longer among the inputs")
+        say(f"keep {len(work.gone):,} shards that are no longer among the inputs")
     if not work.todo:
-        _say("nothing to do" if work.done else f"nothing to do: {_NO_INPUT.format(output=loaded.output)}")
+        say("nothing to do" if work.done else f"nothing to do: {NO_INPUT.format(output=loaded.output)}")
 
 
 @app.command()
@@ -178,7 +205,7 @@ def status(output: Output) -> None:
     """Say what a curated dataset holds, from its tables alone."""
     from capfilt.dataset import CuratedDataset
 
-    _print_dataset(CuratedDataset.for_reading(*_place(output)))
+    print_dataset(CuratedDataset.for_reading(*_place(output)))
 
 
 def _place(output: str) -> tuple[str, dict[str, Any]]:
@@ -203,7 +230,7 @@ def vacuum(
     place, options = _place(output)
     CuratedDataset.for_reading(place, options)  # which makes none, where the name is mistyped
     removed = CuratedDataset.for_writing(place, options).vacuum(retain_hours=hours)
-    _say(f"{removed:,} files removed")
+    say(f"{removed:,} files removed")
 
 
 @app.command()
@@ -228,7 +255,7 @@ def demo(
         raise CapfiltError(f"{spec}: the demo makes its own checkpoints; its cards name a local path")
     if not (web / "shards").exists():
         count = images or 2400
-        _say(f"rendering {count:,} images of a small noisy web in {web}")
+        say(f"rendering {count:,} images of a small noisy web in {web}")
         render(web, images=count, shards=_DEMO_SHARDS)
     elif images is not None:
         source = loaded.input
@@ -239,74 +266,10 @@ def demo(
     if not all((models / role).exists() for role in ("captioner", "filter")):
         from capfilt.models.tiny import write_tiny_pair
 
-        _say(f"writing a tiny captioner and filter with random weights in {models}")
+        say(f"writing a tiny captioner and filter with random weights in {models}")
         write_tiny_pair(models)
-    if not _run(loaded).shards:  # what an earlier run did is to be seen as well
-        _print_dataset(CuratedDataset.for_reading(loaded.output, loaded.output_options))
-
-
-# --- printing ---
-
-
-def _say(line: str, console: Console = out) -> None:
-    console.print(Text(_printable(line)), highlight=False)
-
-
-def _printable(text: str) -> str:
-    """Without control characters: file names and captions are strangers' text, and terminals obey escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def _print_summary(summary: Summary) -> None:
-    if summary.outcome != "done" and not summary.shards and not summary.failures:
-        return
-    if not summary.shards and not summary.failures:
-        done = f"{summary.skipped:,} shards are up to date in {summary.output}"
-        _say(f"nothing to do: {done if summary.skipped else _NO_INPUT.format(output=summary.output)}")
-        return
-    counts, seconds = summary.counts, summary.elapsed
-    rows = Table("rows", "", title=f"run {summary.run}", title_justify="left")
-    rows.add_row(f"{counts.rows:,}", f"in {summary.shards:,} shards, in {seconds:,.1f} s")
-    for name, count in (("kept", counts.kept), ("dropped", counts.dropped), ("errors", counts.errors)):
-        rows.add_row(f"{count:,}", f"{name} ({count / max(1, counts.rows):.1%})")
-    for reason, count in summary.reasons.most_common():
-        if ":" not in reason and reason != "kept":
-            rows.add_row(f"{count:,}", f"  {reason}")
-    out.print(rows)
-    texts = Table("texts", "source", "verdict")
-    for reason, count in sorted(summary.reasons.items()):
-        if ":" in reason:
-            texts.add_row(f"{count:,}", *reason.split(":"))
-    if texts.row_count:
-        out.print(texts)
-    if summary.skipped:
-        _say(f"{summary.skipped:,} shards were up to date")
-    if summary.adopted_rows:
-        _say(f"{summary.adopted_rows:,} rows were taken over from an interrupted run")
-    for message in summary.failures.values():
-        _say(f"not curated: {message}")
-    if summary.gone:
-        _say(f"{summary.gone:,} shards are no longer among the inputs; their rows stay in the dataset")
-    spent = sorted(summary.seconds.items(), key=lambda item: -item[1])
-    stages = ", ".join(f"{name} {time:,.1f} s" for name, time in spent)
-    if stages:
-        _say(f"stages, summed over workers: {stages}")
-    _say_where(summary.output)
-
-
-def _print_dataset(dataset: CuratedDataset) -> None:
-    states = dataset.committed().values()
-    _say(f"{dataset.output}: versions {', '.join(f'{name} {v}' for name, v in dataset.versions().items())}")
-    _say(f"{len(states):,} shards, {sum(state.rows for state in states):,} rows")
-    table = Table("rows", "status", "reason")
-    for (state, reason), count in dataset.reasons().items():
-        table.add_row(f"{count:,}", state, reason or "")
-    out.print(table)
-    _say_where(dataset.output)
-
-
-def _say_where(output: str) -> None:
-    _say(f"dataset: {output}/pairs, every row and reason: {output}/annotations")
+    if not _curate(loaded).shards:  # what an earlier run did is to be seen as well
+        print_dataset(CuratedDataset.for_reading(loaded.output, loaded.output_options))
 
 
 def main() -> None:
@@ -315,8 +278,8 @@ def main() -> None:
         app()
     except CapfiltError as error:
         for traceback in getattr(error, "__notes__", ()):  # a worker's, of what no one foresaw
-            _say(traceback.rstrip(), err)
-        _say(f"capfilt: {error}", err)
+            say(traceback.rstrip(), err)
+        say(f"capfilt: {error}", err)
         sys.exit(error.exit_code)
     except Exception as error:
         from deltalake.exceptions import DeltaError
@@ -324,6 +287,6 @@ def main() -> None:
         if not isinstance(error, OSError | DeltaError):
             raise
         message = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
-        _say(f"capfilt: {type(error).__name__}: {message}", err)
-        _say("what was finished is kept; mend this and run again to resume", err)
+        say(f"capfilt: {type(error).__name__}: {message}", err)
+        say("what was finished is kept; mend this and run again to resume", err)
         sys.exit(1)

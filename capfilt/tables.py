@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 Record = Mapping[str, Any]
+
+_OF_FILTER = ("roc_auc", "average_precision", "precision", "recall", "false_positive_rate")
 
 
 def report_table(report: Record) -> list[Table]:
@@ -22,7 +25,7 @@ def report_table(report: Record) -> list[Table]:
 
 
 def _titled(title: str, *columns: str) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=Text(title), title_justify="left")  # a path is no markup
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     return table
@@ -53,7 +56,7 @@ def _retrieval(found: Record) -> Table:
     pools = f", {found['pools']:,} pools of {found['pool_images']:,}" if found["pools"] > 1 else ""
     title = f"retrieval: {found['images']:,} images, {found['texts']:,} texts{pools}"
     if found["left_out_images"]:
-        title += f"; {found['left_out_images']:,} images fill no pool and are left out"
+        title += f"; {found['left_out_images']:,} images left out"
     columns = [(way, k) for way in ways for k in found["itc"][way]]
     table = _titled(title, "", *(f"{ways[way]}@{k}" for way, k in columns))
     for name, label in (("itc", "ITC"), ("itm", f"ITM, best {found['k_test']:,}")):
@@ -65,31 +68,30 @@ def _calibration(found: Record) -> Table:
     title = f"filter: {found['matched']:,} pairs, {found['shuffled']:,} shuffled"
     table = _titled(title, "", "")
     if found["problem"]:
-        table.add_row("no threshold", found["problem"])
+        table.add_row("no threshold", Text(found["problem"]))
     else:
         table.add_row("threshold", f"{found['threshold']:.4f}")
-    for name in ("precision", "recall", "false_positive_rate", "roc_auc", "average_precision"):
+    for name in _OF_FILTER:
         if found[name] is not None:
-            table.add_row(name.replace("_", " ").replace("roc auc", "ROC AUC"), _percent(found[name]))
+            table.add_row(_words(name), _percent(found[name]))
     return table
 
 
 def _quality(found: Record) -> Table:
-    noise = f"noise {_percent(found['noise_before'])} before, {_percent(found['noise_after'])} after"
-    table = _titled(f"{found['dataset']}: {noise}", "", *found["sources"])
-    for name, label in (("texts", "texts"), ("judged", "judged"), ("scored", "scored"), ("kept", "kept")):
-        table.add_row(label, *(f"{own[name]:,}" for own in found["sources"].values()))
-    for name, label in (
-        ("noise_before", "noise before"),
-        ("noise_after", "noise after"),
-        ("roc_auc", "ROC AUC"),
-        ("average_precision", "average precision"),
-        ("precision", "precision"),
-        ("recall", "recall"),
-        ("false_positive_rate", "false positive rate"),
-    ):
-        table.add_row(label, *(_percent(own[name]) for own in found["sources"].values()))
+    sources = found["sources"]
+    table = _titled(f"quality of {found['dataset']}, version {found['version']}", "", *sources, "all")
+    for name in ("texts", "judged", "scored", "kept"):
+        counts = [own[name] for own in sources.values()]
+        table.add_row(name, *(f"{count:,}" for count in (*counts, sum(counts))))
+    for name in ("noise_before", "noise_after"):
+        table.add_row(_words(name), *(_percent(own[name]) for own in (*sources.values(), found)))
+    for name in _OF_FILTER:
+        table.add_row(_words(name), *(_percent(own[name]) for own in sources.values()))
     return table
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ").replace("roc auc", "ROC AUC")
 
 
 def _percent(value: float | None) -> str:

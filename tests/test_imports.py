@@ -13,10 +13,13 @@ PACKAGE = Path(__file__).parent.parent / "capfilt"
 
 LAYERS = [
     {"errors", "schema", "spec", "text", "decide", "fingerprints", "weights", "evaluate"},
-    {"inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "toyweb", "examples"},
+    {
+        *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "toyweb", "examples"),
+        *("truth", "testset", "quality", "tables", "printing"),
+    },
     {"models"},
     {"pipelines"},
-    {"cli"},
+    {"cli", "stage"},
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
@@ -65,6 +68,7 @@ HEAVY = "import sys; sys.exit(', '.join(m for m in ('torch', 'ray', 'transformer
         "import capfilt",
         "import capfilt.dataset, capfilt.plan, capfilt.receipts, capfilt.fragments, capfilt.images, capfilt.toyweb",
         "import capfilt.examples, capfilt.evaluate, capfilt.weights",
+        "import capfilt.truth, capfilt.testset, capfilt.quality, capfilt.tables",
         "from typer.testing import CliRunner as R; from capfilt.cli import app; R().invoke(app, ['--help']).stdout[99]",
     ],
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -16,6 +16,9 @@ from torch import Tensor
 from capfilt.images import decode
 from capfilt.models.preprocess import resize
 from capfilt.spec import Images
+
+Show = Callable[[int, int], Iterable[Tensor]]
+"""(start, stop) -> batches of uint8 [B, 3, S, S] that together are those images of a test set, in order."""
 
 _MOST_THREADS = 8
 

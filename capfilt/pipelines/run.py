@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
-from capfilt.spec import CurateSpec, RunSpec, TrainSpec
+from capfilt.spec import BootstrapSpec, CurateSpec, EvaluateSpec, RunSpec, TrainSpec
 
 if TYPE_CHECKING:
+    from capfilt.pipelines.bootstrap import BootstrapSummary
     from capfilt.pipelines.curate import Summary
+    from capfilt.pipelines.evaluate import Report
     from capfilt.pipelines.train import TrainSummary
 
-    Outcome = Summary | TrainSummary
+    Outcome = Summary | TrainSummary | Report | BootstrapSummary
 
 
+@overload
+def run(spec: CurateSpec, **options: Any) -> Summary: ...
+@overload
+def run(spec: TrainSpec, **options: Any) -> TrainSummary: ...
+@overload
+def run(spec: EvaluateSpec, **options: Any) -> Report: ...
+@overload
+def run(spec: BootstrapSpec, **options: Any) -> BootstrapSummary: ...
 def run(spec: RunSpec, **options: Any) -> Outcome:
     """Run a spec; imports only what its kind needs."""
     if isinstance(spec, CurateSpec):
@@ -23,4 +33,10 @@ def run(spec: RunSpec, **options: Any) -> Outcome:
         from capfilt.pipelines.train import train
 
         return train(spec, **options)
-    raise NotImplementedError(spec.kind)
+    if isinstance(spec, EvaluateSpec):
+        from capfilt.pipelines.evaluate import evaluate
+
+        return evaluate(spec, **options)
+    from capfilt.pipelines.bootstrap import bootstrap
+
+    return bootstrap(spec, **options)

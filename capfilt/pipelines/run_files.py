@@ -50,6 +50,38 @@ def write_json(file: Path, content: Any) -> None:
     staged.replace(file)
 
 
+def read_record(file: Path) -> dict[str, Any] | None:
+    """What :func:`write_json` wrote; None where there is nothing.
+
+    Raises:
+        TrainingError: the file is something else.
+    """
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise TrainingError(f"{file}: not a record of this package ({error}); take another output") from error
+    return record
+
+
+def compare_record(file: Path, record: Mapping[str, Any], about: Mapping[str, Any]) -> None:
+    """Refuse to go on with another run than the one on record.
+
+    Raises:
+        TrainingError: naming what differs.
+    """
+    for name, now in about["spec"].items():
+        if (was := record["spec"].get(name)) != now:
+            raise TrainingError(
+                f"{file}: the run in this output has another {name} ({was!r}, now {now!r}); put it back to resume, or "
+                "take another output"
+            )
+    for name, what in (("data", "the data"), ("start", "the checkpoint to start from")):
+        if record.get(name) != about.get(name):
+            raise TrainingError(f"{file}: {what} changed since the run began; put it back, or take another output")
+
+
 class States:
     """A run's states by step; the newest few are kept."""
 

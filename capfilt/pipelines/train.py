@@ -7,7 +7,6 @@ The driver lists the data, pins the versions of datasets and starts the workers;
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import shutil
 import time
@@ -24,7 +23,7 @@ from capfilt.examples import Part, list_parts
 from capfilt.fingerprints import fingerprint
 from capfilt.models.trainee import ROLES
 from capfilt.pipelines.rows import Data
-from capfilt.pipelines.run_files import States, only_one, read_log, write_json
+from capfilt.pipelines.run_files import States, compare_record, only_one, read_log, read_record, write_json
 from capfilt.pipelines.session import connected, interruptible, surroundings
 from capfilt.pipelines.train_worker import Task, train_here
 from capfilt.pipelines.training_progress import TrainingDisplay
@@ -98,7 +97,7 @@ def _done(spec: TrainSpec) -> bool:
 def _prepare(spec: TrainSpec) -> Task:
     """The run's task: as its record says where there is one, else new, and recorded."""
     file = Path(spec.output) / "run.json"
-    record = _read_record(file)
+    record = read_record(file)
     pinned = record["versions"] if record else {}
     sources = tuple(_pin(source, pinned) for source in spec.data)
     parts, versions = list_parts(sources)
@@ -115,7 +114,7 @@ def _prepare(spec: TrainSpec) -> Task:
         length = {"rows": data.rows, "steps_per_epoch": steps_per_epoch, "total": total}
         write_json(file, {**about, "versions": versions, **length, **surroundings()})
     else:
-        _compare(file, record, about)
+        compare_record(file, record, about)
     return Task(spec, data, steps_per_epoch, total)
 
 
@@ -135,28 +134,6 @@ def _digest(parts: list[Part]) -> str:
 
 def _start(spec: TrainSpec) -> str | None:
     return None if isinstance(spec, PretrainSpec) else fingerprint(spec.start.checkpoint)
-
-
-def _read_record(file: Path) -> dict[str, Any] | None:
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise TrainingError(f"{file}: not the record of a run ({error}); take another output, or delete it") from error
-    return record
-
-
-def _compare(file: Path, record: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-    for name, now in about["spec"].items():
-        if (was := record["spec"].get(name)) != now:
-            raise TrainingError(
-                f"{file}: the run in this output has another {name} ({was!r}, now {now!r}); put it back to resume, or "
-                "take another output"
-            )
-    for name, what in (("data", "the data"), ("start", "the checkpoint to start from")):
-        if record[name] != about[name]:
-            raise TrainingError(f"{file}: {what} changed since the run began; put it back, or take another output")
 
 
 # --- Ray Train ---

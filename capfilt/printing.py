@@ -1,0 +1,158 @@
+"""What commands print: summaries and datasets, as tables for a terminal. Strangers' text is shown as text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from capfilt.tables import report_table
+
+if TYPE_CHECKING:
+    from capfilt.dataset import CuratedDataset
+    from capfilt.pipelines.bootstrap import BootstrapSummary
+    from capfilt.pipelines.curate import Summary
+    from capfilt.pipelines.evaluate import Report
+    from capfilt.pipelines.train import TrainSummary
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+NO_INPUT = "no input is left: every file that input.paths matches lies in the output, {output}"
+
+
+def say(line: str, console: Console = out) -> None:
+    """Print a line, its control characters replaced."""
+    console.print(Text(printable(line)), highlight=False)
+
+
+def printable(text: str) -> str:
+    """Without control characters: file names and captions are strangers' text, and terminals obey escapes."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+def print_summary(summary: Summary) -> None:
+    """What a CapFilt run did."""
+    if summary.outcome != "done" and not summary.shards and not summary.failures:
+        return
+    if not summary.shards and not summary.failures:
+        done = f"{summary.skipped:,} shards are up to date in {summary.output}"
+        say(f"nothing to do: {done if summary.skipped else NO_INPUT.format(output=summary.output)}")
+        return
+    counts, seconds = summary.counts, summary.elapsed
+    rows = Table("rows", "", title=f"run {summary.run}", title_justify="left")
+    rows.add_row(f"{counts.rows:,}", f"in {summary.shards:,} shards, in {seconds:,.1f} s")
+    for name, count in (("kept", counts.kept), ("dropped", counts.dropped), ("errors", counts.errors)):
+        rows.add_row(f"{count:,}", f"{name} ({count / max(1, counts.rows):.1%})")
+    for reason, count in summary.reasons.most_common():
+        if ":" not in reason and reason != "kept":
+            rows.add_row(f"{count:,}", f"  {reason}")
+    out.print(rows)
+    texts = Table("texts", "source", "verdict")
+    for reason, count in sorted(summary.reasons.items()):
+        if ":" in reason:
+            texts.add_row(f"{count:,}", *reason.split(":"))
+    if texts.row_count:
+        out.print(texts)
+    if summary.skipped:
+        say(f"{summary.skipped:,} shards were up to date")
+    if summary.adopted_rows:
+        say(f"{summary.adopted_rows:,} rows were taken over from an interrupted run")
+    for message in summary.failures.values():
+        say(f"not curated: {message}")
+    if summary.gone:
+        say(f"{summary.gone:,} shards are no longer among the inputs; their rows stay in the dataset")
+    spent = sorted(summary.seconds.items(), key=lambda item: -item[1])
+    stages = ", ".join(f"{name} {time:,.1f} s" for name, time in spent)
+    if stages:
+        say(f"stages, summed over workers: {stages}")
+    say_where(summary.output)
+
+
+def print_dataset(dataset: CuratedDataset) -> None:
+    """What a curated dataset holds."""
+    states = dataset.committed().values()
+    say(f"{dataset.output}: versions {', '.join(f'{name} {v}' for name, v in dataset.versions().items())}")
+    say(f"{len(states):,} shards, {sum(state.rows for state in states):,} rows")
+    table = Table("rows", "status", "reason")
+    for (state, reason), count in dataset.reasons().items():
+        table.add_row(f"{count:,}", state, reason or "")
+    out.print(table)
+    say_where(dataset.output)
+
+
+def say_where(output: str) -> None:
+    """Where the tables are."""
+    say(f"dataset: {output}/pairs, every row and reason: {output}/annotations")
+
+
+def print_training(summary: TrainSummary) -> None:
+    """What a training run did."""
+    last = summary.last
+    table = Table(f"{summary.kind} {summary.name}", "")
+    table.add_row("steps", f"{summary.steps:,}")
+    table.add_row("rows an epoch", f"{summary.rows:,}")
+    if summary.resumed_at:
+        table.add_row("resumed after step", f"{summary.resumed_at:,}")
+    for name in ("itc", "itm", "lm"):
+        if name in last:
+            table.add_row(f"{name} loss, last step", f"{last[name]:.4f}")
+    table.add_row("seconds", f"{summary.elapsed:,.1f}")
+    out.print(table)
+    for warning in summary.warnings:
+        say(warning)
+    for role, card in summary.cards.items():
+        say(f"{role}: {card}")
+
+
+def print_evaluation(report: Report) -> None:
+    """What an evaluation found."""
+    for table in report_table(report.record()):
+        out.print(table)
+
+
+def print_bootstrap(summary: BootstrapSummary) -> None:
+    """The table of rounds and settings, and what each round made of the web."""
+    records = [(str(result.round), result.setting, result.evaluation) for result in summary.results]
+    models = _table(
+        "models, each pretrained anew and measured as it is",
+        *("round", "texts", "TR@1", "IR@1", "TR@1 ITM", "IR@1 ITM", "CIDEr", "BLEU-4", "true and whole"),
+    )
+    for number, setting, found in records:
+        retrieval, captioning = found.get("retrieval") or {}, found.get("captioning") or {}
+        recalls = (_recall(retrieval, how, way) for how in ("itc", "itm") for way in ("image_to_text", "text_to_image"))
+        captions = (captioning.get(name) for name in ("cider", "bleu4", "exact"))
+        models.add_row(number, setting, *map(_percent, (*recalls, *captions)))
+    out.print(models)
+    webs = _table(
+        "the web, curated",
+        *("round", "web noise", "noise kept", "AUC web", "precision", "recall", "AUC synthetic", "precision", "kept"),
+    )
+    for number, _, found in records:
+        for dataset in found.get("quality", ()):
+            web, own = (dataset["sources"].get(source, {}) for source in ("web", "synthetic"))
+            numbers = [web.get("noise_before"), dataset["noise_after"]]
+            numbers += [web.get(name) for name in ("roc_auc", "precision", "recall")]
+            numbers += [own.get(name) for name in ("roc_auc", "precision")]
+            webs.add_row(number, *map(_percent, numbers), f"{dataset['kept']:,}")
+    if webs.row_count:
+        out.print(webs)
+    say(f"tables: {summary.output}/bootstrap.json; stages: {sum(summary.seconds.values()):,.0f} s of work")
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    return table
+
+
+def _recall(retrieval: dict[str, Any], how: str, way: str) -> float | None:
+    found: float | None = retrieval.get(how, {}).get(way, {}).get("1")
+    return found
+
+
+def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}"
