@@ -556,6 +556,15 @@ def test_a_single_image(measure: Measure, tmp_path: Path) -> None:
     assert "no image has a text of another" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_a_path_is_shown_as_it_is() -> None:
+    """Square brackets are rich's markup."""
+    quality = {"version": 3, "sources": {}, "kept": 0, "noise_before": None, "noise_after": None}
+    (table,) = report_table({"quality": [{**quality, "dataset": "/data/[red]x"}]})
+    console = Console(file=io.StringIO(), width=200)
+    console.print(table)
+    assert "/data/[red]x" in "".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+
+
 def test_every_row_is_a_text_or_is_counted(measure: Measure, tmp_path: Path) -> None:
     images = [jpeg(0), None, jpeg(1), jpeg(2), b"<html>", b"<html>", jpeg(0), jpeg(0), jpeg(1), b""]
     texts = ["one", "two", None, "  . ", "three", "four", "ONE!", "five", "six", "seven"]

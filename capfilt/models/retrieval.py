@@ -58,7 +58,7 @@ def retrieve(
     text, each still has its own copy, and the others' copies are wrong candidates that score alike, as in BLIP: what
     nobody can tell apart counts as missed.
 
-    Memory is that of some matrices of a pool: 28 bytes for each of its images and texts, 3.5 GB for COCO's 5,000 images
+    Memory is that of a pool's matrices, 28 bytes for each pair of an image and a text: 3.5 GB for COCO's 5,000 images
     and 25,000 texts.
 
     Args:

@@ -24,6 +24,10 @@ from capfilt.spec import PairSource
 WINDOW = 2_000
 """Groups handed to Ray Data at a time."""
 
+READERS = 4
+"""Tasks of a rank that read at the same time. They wait for storage, and ask Ray for no core: the workers may have all
+of them, and would wait for rows for ever."""
+
 _SCHEMA = pa.schema(
     [pa.field("image", pa.binary()), pa.field("sha256", pa.binary(32)), pa.field("texts", pa.list_(pa.string()))]
 )
@@ -100,7 +104,14 @@ def _read(groups: Sequence[Group], sources: Sequence[PairSource]) -> Generator[l
     with ray.data.DataContext.current(context):  # a dataset keeps the context it was made in
         dataset = ray.data.from_items(
             [{"group": pickle.dumps(group)} for group in groups], override_num_blocks=len(groups)
-        ).map_batches(_read_one, fn_args=(tuple(sources),), batch_size=1, batch_format="pyarrow", num_cpus=0.5)
+        ).map_batches(
+            _read_one,
+            fn_args=(tuple(sources),),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=0,
+            concurrency=min(READERS, len(groups)),
+        )
     bundles = dataset.iter_internal_ref_bundles()
     try:
         for bundle in bundles:

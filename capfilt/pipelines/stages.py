@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -60,6 +61,7 @@ def run_stages(stages: Sequence[Stage], directory: Path, parallel: int, console:
             seconds[stage.name] = record["seconds"]
     if seconds:
         _say(console, f"{len(seconds)} of {len(stages)} stages are done")
+    threads = max(1, (os.cpu_count() or 1) // parallel)
     running: dict[str, _Running] = {}
     try:
         while len(seconds) < len(stages):
@@ -68,7 +70,7 @@ def run_stages(stages: Sequence[Stage], directory: Path, parallel: int, console:
                 if len(running) >= parallel:
                     break
                 if all(need in seconds for need in stage.needs):
-                    running[stage.name] = _Running(stage, directory)
+                    running[stage.name] = _Running(stage, directory, threads)
                     _say(console, f"{stage.name}: begins")
             if not running:
                 raise StageError(f"stages wait for each other: {[s.name for s in stages if s.name not in seconds]}")
@@ -93,7 +95,7 @@ def _say(console: Console, line: str) -> None:
 class _Running:
     """A stage's process. It ends when ours does: it holds the other end of a pipe."""
 
-    def __init__(self, stage: Stage, directory: Path) -> None:
+    def __init__(self, stage: Stage, directory: Path, threads: int) -> None:
         self.stage, self._outcome = stage, directory / f"{stage.name}.json"
         file = directory / f"{stage.name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -106,6 +108,7 @@ class _Running:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
+                env={"OMP_NUM_THREADS": str(threads), **os.environ},
                 start_new_session=True,  # Ctrl-C is ours to pass on
             )
         assert self._process.stdin is not None

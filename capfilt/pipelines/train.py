@@ -7,6 +7,7 @@ The driver lists the data, pins the versions of datasets and starts the workers;
 from __future__ import annotations
 
 import hashlib
+import math
 import pickle
 import shutil
 import time
@@ -142,8 +143,7 @@ def _start(spec: TrainSpec) -> str | None:
 def _fit(task: Task) -> None:
     spec = task.spec
     workers = spec.workers
-    # A local Ray gets cores for reading beside the workers', which would else wait for each other.
-    with connected(spec.ray, cpus=int(workers.count * workers.cpus + 1.999)):
+    with connected(spec.ray, cpus=math.ceil(workers.count * workers.cpus)):
         if workers.count == 1 and spec.ray.address == "local":
             train_here(task)
         else:
