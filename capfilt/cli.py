@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +30,7 @@ from capfilt.printing import (
     err,
     print_bootstrap,
     print_dataset,
+    print_demo,
     print_evaluation,
     print_summary,
     print_training,
@@ -37,16 +38,23 @@ from capfilt.printing import (
 )
 from capfilt.spec import (
     BootstrapSpec,
+    CaptionerCard,
     CurateSpec,
     EvaluateSpec,
+    FilterCard,
     HubCheckpoint,
+    Input,
     LocalCheckpoint,
+    PretrainSpec,
+    Quality,
+    Truth,
     load_curate_spec,
     load_spec,
     output_location,
 )
 
 if TYPE_CHECKING:
+    from capfilt.fragments import Footer
     from capfilt.pipelines.curate import Summary
 
 app = typer.Typer(
@@ -67,6 +75,7 @@ Output = Annotated[
     str, typer.Argument(metavar="OUTPUT", help="A curated dataset: its directory or URL, or the spec (.yaml) it is of.")
 ]
 _DEMO_SHARDS = 6
+_DEMO_SEED = 1_000  # of a web that no checkpoint was trained on
 
 
 @app.command()
@@ -138,26 +147,57 @@ def _native_noise_in_a_file() -> Iterator[Console]:
 @app.command()
 def check(spec: SpecFile, overrides: Overrides = None) -> None:
     """Validate a spec: its fields, inputs, columns and checkpoints. Runs nothing, writes nothing."""
+    loaded = load_spec(spec, overrides or ())
+    if isinstance(loaded, CurateSpec):
+        _check_curation(loaded)
+    elif isinstance(loaded, BootstrapSpec):
+        for source in (loaded.web, loaded.human):
+            _check_input(source)
+    elif isinstance(loaded, EvaluateSpec):
+        if loaded.pairs:
+            _check_input(loaded.pairs)
+        _check_cards(card for card in (loaded.captioner, loaded.filter) if card)
+    else:
+        from capfilt.examples import list_parts
+
+        parts, versions = list_parts(loaded.data)
+        say(f"data: {sum(part.rows for part in parts):,} rows in {len({part.url for part in parts}):,} files")
+        for dataset, version in versions.items():
+            say(f"dataset {dataset}: version {version} of its pairs")
+        _check_cards([loaded.start] if not isinstance(loaded, PretrainSpec) else [])
+    say(f"{spec}: a valid {loaded.kind} spec")
+
+
+def _check_curation(loaded: CurateSpec) -> None:
     from capfilt.fingerprints import run_fingerprints
+
+    layout = _check_input(loaded.input, loaded.output).layout
+    say(f"columns: image={layout.image} text={layout.text} url={layout.url} key={layout.key}")
+    _check_cards([loaded.captioner, loaded.filter])
+    prints = run_fingerprints(loaded)
+    say(f"fingerprints: caption {prints.caption}, score {prints.score}, decide {prints.decide}")
+
+
+def _check_input(source: Input, output: str | None = None) -> Footer:
+    """List an input and read its first footer."""
     from capfilt.fragments import read_footer
     from capfilt.inputs import list_inputs
+
+    files = list_inputs(source, exclude=output)
+    if not files:
+        raise InputError(f"{NO_INPUT.format(output=output)}; name others")
+    footer = read_footer(files[0], source.columns, source.storage_options)
+    size = sum(file.size for file in files)
+    say(f"inputs: {len(files):,} files, {size:,} bytes; the first has {footer.rows:,} rows")
+    return footer
+
+
+def _check_cards(cards: Iterable[CaptionerCard | FilterCard]) -> None:
     from capfilt.weights import inspect
 
-    loaded = load_curate_spec(spec, overrides or ())
-    files = list_inputs(loaded.input, exclude=loaded.output)
-    if not files:
-        raise InputError(f"{spec}: {NO_INPUT.format(output=loaded.output)}; name others")
-    footer = read_footer(files[0], loaded.input.columns, loaded.input.storage_options)
-    for card in (loaded.captioner, loaded.filter):
+    for card in cards:
         inspect(card)
-    prints = run_fingerprints(loaded)
-    say(f"{spec}: a valid {loaded.kind} spec")
-    say(f"inputs: {len(files):,} files, {sum(file.size for file in files):,} bytes; the first has {footer.rows:,} rows")
-    layout = footer.layout
-    say(f"columns: image={layout.image} text={layout.text} url={layout.url} key={layout.key}")
-    for card in (loaded.captioner, loaded.filter):
         say(f"{card.role} {card.name}: {_whereabouts(card.checkpoint)}")
-    say(f"fingerprints: caption {prints.caption}, score {prints.score}, decide {prints.decide}")
 
 
 def _whereabouts(checkpoint: HubCheckpoint | LocalCheckpoint) -> str:
@@ -234,6 +274,28 @@ def vacuum(
 
 
 @app.command()
+def toyweb(
+    directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Gets web/, human/ and test/.")],
+    images: Annotated[int, typer.Option(help="Of the web.", min=1)] = 12_000,
+    noise: Annotated[float, typer.Option(help="Fraction of the web's texts.", min=0, max=1)] = 0.6,
+    human: Annotated[int, typer.Option(help="Clean pairs.", min=1)] = 1_000,
+    test: Annotated[int, typer.Option(help="Test pairs; 192 scenes are one set.", min=1)] = 384,
+    shards: Annotated[int, typer.Option(help="Files of the web.", min=1)] = 8,
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.", min=0)] = 0,
+) -> None:
+    """Render a small learnable web: noisy pairs with their truth, clean pairs, and a test set."""
+    from capfilt.toyweb import render, render_clean
+
+    try:
+        web = render(directory / "web", images=images, noise=noise, shards=shards, seed=seed)
+        render_clean(directory / "human", images=human, seed=2 * seed + 1)
+        render_clean(directory / "test", images=test, seed=2 * seed)
+    except ValueError as error:
+        raise SpecError(f"toyweb: {error}") from None
+    say(f"{directory}: {web.images:,} pictures of the web, {human:,} clean pairs, {test:,} to test with")
+
+
+@app.command()
 def demo(
     spec: Annotated[Path, typer.Argument(help="The spec to run once its inputs are made.")] = Path(
         "pipelines/demo.yaml"
@@ -242,34 +304,31 @@ def demo(
         int | None, typer.Option(help="Images to render; 2400 if not given.", min=_DEMO_SHARDS, show_default=False)
     ] = None,
 ) -> None:
-    """Render a small noisy web, make a pair of tiny random checkpoints, and curate the one with the other."""
+    """Render a small noisy web, curate it with small trained models, and compare the outcome with the truth."""
     from capfilt.dataset import CuratedDataset
+    from capfilt.demo import findings
     from capfilt.fragments import read_footer
     from capfilt.inputs import list_inputs
+    from capfilt.quality import measure_quality
     from capfilt.toyweb import render
 
     loaded = load_curate_spec(spec)
     web = Path(loaded.input.paths[0]).parent
-    checkpoint = loaded.captioner.checkpoint
-    if not isinstance(checkpoint, LocalCheckpoint):
-        raise CapfiltError(f"{spec}: the demo makes its own checkpoints; its cards name a local path")
     if not (web / "shards").exists():
         count = images or 2400
         say(f"rendering {count:,} images of a small noisy web in {web}")
-        render(web, images=count, shards=_DEMO_SHARDS)
+        render(web, images=count, shards=_DEMO_SHARDS, seed=_DEMO_SEED)
     elif images is not None:
         source = loaded.input
         footers = (read_footer(file, source.columns, source.storage_options) for file in list_inputs(source))
         if (there := sum(footer.rows for footer in footers)) != images:
             raise CapfiltError(f"{web} holds {there:,} images, not {images:,}; delete it to render it anew")
-    models = Path(checkpoint.path).parent
-    if not all((models / role).exists() for role in ("captioner", "filter")):
-        from capfilt.models.tiny import write_tiny_pair
-
-        say(f"writing a tiny captioner and filter with random weights in {models}")
-        write_tiny_pair(models)
-    if not _curate(loaded).shards:  # what an earlier run did is to be seen as well
-        print_dataset(CuratedDataset.for_reading(loaded.output, loaded.output_options))
+    ran = _curate(loaded)
+    dataset = CuratedDataset.for_reading(loaded.output, loaded.output_options)
+    if not ran.shards:  # what an earlier run did is to be seen as well
+        print_dataset(dataset)
+    quality = measure_quality(Quality(dataset=loaded.output, truth=Truth(toyweb=str(web))))
+    print_demo(quality, findings(dataset, web))
 
 
 def main() -> None:

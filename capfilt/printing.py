@@ -12,10 +12,12 @@ from capfilt.tables import report_table
 
 if TYPE_CHECKING:
     from capfilt.dataset import CuratedDataset
+    from capfilt.demo import Findings
     from capfilt.pipelines.bootstrap import BootstrapSummary
     from capfilt.pipelines.curate import Summary
     from capfilt.pipelines.evaluate import Report
     from capfilt.pipelines.train import TrainSummary
+    from capfilt.quality import DatasetQuality
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
@@ -140,6 +142,34 @@ def print_bootstrap(summary: BootstrapSummary) -> None:
     if webs.row_count:
         out.print(webs)
     say(f"tables: {summary.output}/bootstrap.json; stages: {sum(summary.seconds.values()):,.0f} s of work")
+
+
+def print_demo(quality: DatasetQuality, found: Findings) -> None:
+    """The demo's curated web against its truth."""
+    rates = [("web texts", quality.sources["web"].noise_before), ("kept texts", quality.noise_after)]
+    say("noise: texts that are not true of their picture")
+    for name, rate in rates:
+        say(f"  {name:<11}{_bar(rate)} {_percent(rate)}%")
+    kinds = _table("web texts by what they are", "kind", "scored", "kept")
+    for kind, (scored, kept) in found.kinds.items():
+        kinds.add_row(str(kind), f"{scored:,}", f"{kept:,} ({kept / scored:.0%})")
+    out.print(kinds)
+    judged = _table("the filter's verdicts", "texts", "judged", "precision", "recall", "ROC AUC", "kept")
+    for source, own in quality.sources.items():
+        numbers = map(_percent, (own.precision, own.recall, own.roc_auc))
+        judged.add_row(source, f"{own.judged:,}", *numbers, f"{own.kept:,}")
+    out.print(judged)
+    rows = Table("web text is", "source", "text", "ITM", "kept", "true", title="some rows", title_justify="left")
+    for sample in found.samples:
+        for number, (source, text, itm, kept, true) in enumerate(sample.texts):
+            name = "" if number else str(sample.kind)
+            rows.add_row(name, source, printable(text), f"{itm:.3f}", "yes" if kept else "no", "yes" if true else "no")
+    out.print(rows)
+
+
+def _bar(rate: float | None, width: int = 40) -> str:
+    filled = round(width * (rate or 0))
+    return "█" * filled + "░" * (width - filled)
 
 
 def _table(title: str, *columns: str) -> Table:

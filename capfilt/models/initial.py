@@ -136,6 +136,7 @@ def initial_med(
     vision: Path | None,
     text: Path | None,
     allow_pickle: bool,
+    std: float = 0.02,
 ) -> Med:
     """A MED before its first step, on the CPU.
 
@@ -146,12 +147,13 @@ def initial_med(
             tokenizer); random if not given.
         text: directory of a BERT's; random if not given.
         allow_pickle: read a pytorch_model.bin where there are no safetensors.
+        std: of random weights.
 
     Raises:
         SpecError, CheckpointError: as :func:`blip_config`, :func:`take_vision` and :func:`take_text`.
     """
     network = Med(blip_config(architecture, image_size, tokenizer), architecture.vision.drop_path)
-    initialise(network, generator)
+    initialise(network, generator, std)
     if vision is not None:
         take_vision(network, vision, allow_pickle)
     if text is not None:

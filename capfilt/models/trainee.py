@@ -76,6 +76,7 @@ def _pretrain(spec: PretrainSpec, device: torch.device) -> Trainee:
         vision=weights(initial.vision),
         text=weights(initial.text),
         allow_pickle=initial.allow_pickle,
+        std=initial.std,
     ).to(device)
     _set_checkpointing(med, spec.checkpointing)
     ids = token_ids(tokenizer, med.config.text_config, directory)

@@ -105,6 +105,11 @@ def bootstrap(spec: BootstrapSpec, *, console: Console | None = None) -> Bootstr
     return summary
 
 
+def plan_stages(spec: BootstrapSpec) -> list[Stage]:
+    """The stages of a run, those first that others wait for."""
+    return _Plan(spec).stages
+
+
 class _Plan:
     """The stages of a run, those first that others wait for."""
 

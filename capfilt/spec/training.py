@@ -124,6 +124,9 @@ class Contrast(Model):
 class Initial(Model):
     """Checkpoints that a MED starts from; what is not given is random."""
 
+    std: float = Field(
+        default=0.02, gt=0, le=1, description="Of random weights; BERT's suits its width, small networks need more."
+    )
     vision: Checkpoint | None = Field(default=None, description="A ViT or DeiT.")
     text: Checkpoint | None = Field(default=None, description="A BERT of the tokenizer's vocabulary.")
     allow_pickle: bool = Field(

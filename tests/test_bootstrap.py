@@ -1,0 +1,236 @@
+"""Bootstrapping: which stages there are, what they depend on, and a whole small run, killed and undisturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from capfilt.errors import SpecError, TrainingError
+from capfilt.models.tiny import write_tiny_pair
+from capfilt.pipelines.bootstrap import bootstrap, plan_stages
+from capfilt.pipelines.stages import Stage, StageError, run_stages
+from capfilt.spec import BootstrapSpec, EvaluateSpec, Input, load_spec
+from capfilt.toyweb import render, render_clean
+
+TRAINING: dict[str, Any] = {
+    "image_size": 32,
+    "max_tokens": 16,
+    "batch_size": 16,
+    "steps": 6,
+    "augment": None,
+    "state_steps": 2,
+    "optimiser": {"lr": 1e-3, "warmup_steps": 1, "schedule": "cosine"},
+}
+SPEC: dict[str, Any] = {
+    "kind": "bootstrap",
+    "name": "small",
+    "web": {"paths": "web/shards"},
+    "human": {"paths": "human/shards"},
+    "output": "out",
+    "pretrain": {
+        **TRAINING,
+        "architecture": {
+            "vision": {"width": 32, "depth": 1, "heads": 2, "mlp": 64, "patch": 8},
+            "text": {"width": 32, "depth": 1, "heads": 2, "mlp": 64, "positions": 32},
+            "joint": 16,
+        },
+        "tokenizer": {"path": "tiny/captioner"},
+        "contrast": {"queue": 32},
+    },
+    "captioner": {**TRAINING, "prompt": ""},
+    "filter": {**TRAINING, "contrast": {"queue": 32, "by_image": True}},
+    "curate": {
+        "sampling": {"min_tokens": 1, "max_tokens": 8},
+        "thresholds": {"web": 0.0, "synthetic": 0.0},
+        "fragment_rows": 40,
+        "max_error_fraction": 0.2,
+    },
+    "evaluate": {
+        "pairs": {"paths": "test/shards"},
+        "truth": {"toyweb": "test"},
+        "retrieval": {"k_test": 4},
+        "captioning": {"beams": 1, "max_tokens": 8},
+    },
+    "truth": {"toyweb": "web"},
+    "parallel": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("bootstrap")
+    render(directory / "web", images=120, shards=2, pixels=(32, 40))
+    render_clean(directory / "human", images=64, pixels=(32, 40), seed=1)
+    render_clean(directory / "test", images=24, pixels=(32, 40), seed=2)
+    write_tiny_pair(directory / "tiny")
+    return directory
+
+
+def spec_in(home: Path, output: str, **changes: Any) -> BootstrapSpec:
+    (home / f"{output}.yaml").write_text(yaml.safe_dump({**SPEC, "output": output, **changes}))
+    spec = load_spec(home / f"{output}.yaml")
+    assert isinstance(spec, BootstrapSpec)
+    return spec
+
+
+def test_stages_of_two_rounds_with_the_ablation(home: Path) -> None:
+    spec = spec_in(home, "planned", rounds=2, ablation=True)
+    stages = {stage.name: set(stage.needs) for stage in plan_stages(spec)}
+    assert stages == {
+        "round-0/model": set(),
+        "round-0/evaluation": {"round-0/model"},
+        "round-1/captioner": {"round-0/model"},
+        "round-1/filter": {"round-0/model"},
+        "round-1/curated": {"round-1/captioner", "round-1/filter"},
+        "round-1/model": {"round-1/curated"},
+        "round-1/evaluation": {"round-1/model", "round-1/curated"},
+        "round-2/captioner": {"round-1/model"},
+        "round-2/filter": {"round-1/model"},
+        "round-2/curated": {"round-2/captioner", "round-2/filter"},
+        "round-2/model": {"round-2/curated"},
+        "round-2/evaluation": {"round-2/model", "round-2/curated"},
+        "round-1/model-F": {"round-1/curated"},
+        "round-1/evaluation-F": {"round-1/model-F"},
+        "round-1/unfiltered": {"round-1/captioner", "round-1/filter"},
+        "round-1/model-C": {"round-1/unfiltered"},
+        "round-1/evaluation-C": {"round-1/model-C"},
+    }
+
+
+def test_settings_are_compared_at_equal_steps_only(home: Path) -> None:
+    pretrain = {name: value for name, value in SPEC["pretrain"].items() if name != "steps"}
+    with pytest.raises(SpecError, match=r"compared at equal steps; give pretrain\.steps"):
+        bootstrap(spec_in(home, "unequal", ablation=True, pretrain=pretrain))
+
+
+def metrics(output: str) -> list[dict[str, Any]]:
+    """Everything in the tables but what a clock or a file name says."""
+    found = json.loads((Path(output) / "bootstrap.json").read_text())["results"]
+    for result in found:
+        for name in ("seconds", "spec"):
+            del result["evaluation"][name]
+        for quality in result["evaluation"]["quality"]:
+            del quality["dataset"], quality["version"]
+    assert isinstance(found, list)
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(home: Path) -> BootstrapSpec:
+    spec = spec_in(home, "out")
+    summary = bootstrap(spec, console=Console(quiet=True))
+    assert [(result.round, result.setting) for result in summary.results] == [(0, "none"), (1, "C+F")]
+    return spec
+
+
+def test_a_round(undisturbed: BootstrapSpec) -> None:
+    output = Path(undisturbed.output)
+    none, both = metrics(undisturbed.output)
+    for result in (none, both):
+        assert result["evaluation"]["retrieval"]["images"] == 24
+        assert result["evaluation"]["captioning"]["judged"] == 24
+    (quality,) = both["evaluation"]["quality"]
+    assert {"web", "synthetic"} == set(quality["sources"])
+    assert quality["noise_before"] == quality["noise_after"]  # thresholds of 0 keep all
+    record = json.loads((output / "round-1" / "model" / "run.json").read_text())
+    assert list(record["versions"]) == [str(output / "round-1" / "curated")]
+    spec = load_spec(output / "stages" / "round-1" / "evaluation.yaml")
+    assert isinstance(spec, EvaluateSpec)
+
+
+def test_what_is_done_is_not_done_again(undisturbed: BootstrapSpec) -> None:
+    before = metrics(undisturbed.output)
+    begin = time.monotonic()
+    bootstrap(undisturbed, console=Console(quiet=True))
+    assert time.monotonic() - begin < 5
+    assert metrics(undisturbed.output) == before
+
+
+def test_another_run_in_the_output_is_refused(home: Path, undisturbed: BootstrapSpec) -> None:
+    assert undisturbed.rounds == 1
+    with pytest.raises(TrainingError, match="has another rounds"):
+        bootstrap(spec_in(home, "out", rounds=2))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_ten_kills_change_nothing(home: Path, undisturbed: BootstrapSpec) -> None:
+    """SIGKILL of the driver at seeded moments; stages end with it, and the last attempt ends with the same table."""
+    spec = spec_in(home, "killed")
+    code = "import sys, capfilt; capfilt.run(capfilt.load_spec(sys.argv[1]))"
+    rng = random.Random(7)
+    killed = 0
+    while killed < 10:
+        with subprocess.Popen(
+            [sys.executable, "-c", code, str(home / "killed.yaml")], stderr=subprocess.DEVNULL
+        ) as run:
+            try:
+                run.wait(rng.uniform(6, 20))
+            except subprocess.TimeoutExpired:
+                run.send_signal(signal.SIGKILL)
+                killed += 1
+                continue
+        assert run.returncode == 0
+        break
+    bootstrap(spec, console=Console(quiet=True))
+    assert killed >= 5, "the run ended before it was killed often enough; make it longer"
+    assert metrics(spec.output) == metrics(undisturbed.output)
+
+
+# --- the runner of stages ---
+
+
+def evaluation(home: Path, name: str, **fields: Any) -> Any:
+    """A stage that measures nothing but a data set that is not there, or one that is."""
+    card = {
+        "role": "captioner",
+        "name": "x",
+        "checkpoint": {"path": str(home / "tiny" / "captioner")},
+        "image_size": 32,
+    }
+    given = {"captioner": card, "pairs": Input(paths=(str(home / "test" / "shards"),)), "retrieval": None, **fields}
+    return lambda: EvaluateSpec(kind="evaluate", output=str(home / name), **given)
+
+
+def test_a_stage_that_fails_is_named_with_its_last_words(home: Path, tmp_path: Path) -> None:
+    gone = evaluation(home, "gone", pairs=Input(paths=(str(home / "gone"),)))
+    with pytest.raises(StageError, match=r"(?s)first failed with exit code 1; .*first\.log ends:.*no such file"):
+        run_stages([Stage("first", gone), Stage("second", gone, ("first",))], tmp_path, 2, Console(quiet=True))
+    assert not (tmp_path / "second.log").exists()
+
+
+def test_a_stage_ends_with_the_process_that_started_it(home: Path, tmp_path: Path) -> None:
+    """The parent is killed; the child notices that the pipe is closed."""
+    code = (
+        "import subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-m', 'capfilt.stage', sys.argv[1]], stdin=subprocess.PIPE)\n"
+        "print(child.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(yaml.safe_dump(evaluation(home, "orphan")().model_dump(mode="json")))
+    with subprocess.Popen([sys.executable, "-c", code, str(spec)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        os.kill(child, 0)
+        time.sleep(0.5)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        end = time.monotonic() + 10
+        while time.monotonic() < end and Path(f"/proc/{child}").exists():
+            if Path(f"/proc/{child}/status").read_text().split("State:")[1].split()[0] == "Z":
+                break
+            time.sleep(0.05)
+        else:
+            assert not Path(f"/proc/{child}").exists(), "the stage outlives the run"
