@@ -15,11 +15,11 @@ LAYERS = [
     {"errors", "schema", "spec", "text", "decide", "fingerprints", "weights", "evaluate"},
     {
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "toyweb", "examples"),
-        *("truth", "testset", "quality", "tables"),
+        *("truth", "testset", "quality", "tables", "demo"),
     },
     {"models"},
     {"pipelines"},
-    {"cli", "stage", "printing"},
+    {"cli", "stage", "printing", "__main__"},
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
