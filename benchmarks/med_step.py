@@ -490,7 +490,8 @@ def measure(workers: dict[str, Remote], arguments: argparse.Namespace) -> dict[s
         print(
             f"  {side:10}{speed['median']:9.3f} samples/s  {flops / 1e12:.3f} TFLOP a step at "
             f"{100 * used['median']:.1f}% of the matrix product's rate  peak {mib['peak']} MiB "
-            f"(before {mib['before']}, stays {mib['stays']}, a step's own {mib['step']})"
+            f"(before {mib['before']}, stays {mib['stays']}, a step's own {mib['step']})",
+            flush=True,
         )
     return result
 

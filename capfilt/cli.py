@@ -96,7 +96,7 @@ def run(spec: SpecFile, overrides: Overrides = None) -> None:
             else:
                 print_training(run(loaded, console=console))
     except KeyboardInterrupt:
-        message = "interrupted; the newest state is kept. Run the same command again to resume"
+        message = "interrupted; what is done, and the newest state, are kept. Run the same command again"
         raise RunInterruptedError(message) from None
 
 
@@ -146,7 +146,7 @@ def _native_noise_in_a_file() -> Iterator[Console]:
 
 @app.command()
 def check(spec: SpecFile, overrides: Overrides = None) -> None:
-    """Validate a spec: its fields, inputs, columns and checkpoints. Runs nothing, writes nothing."""
+    """Validate a spec: its fields, the inputs it lists, their columns, its cards. Runs nothing, writes nothing."""
     loaded = load_spec(spec, overrides or ())
     if isinstance(loaded, CurateSpec):
         _check_curation(loaded)

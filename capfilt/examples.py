@@ -81,11 +81,11 @@ class Pair:
         """63 bits of the sha256: pairs of one image have one id."""
         return int.from_bytes(self.sha256[:8], "big") >> 1
 
-    def text(self, seed: int, epoch: int) -> str:
-        """The text of an epoch: one of its texts, each as likely, by the seed."""
+    def text(self, seed: int, epoch: int, row: int) -> str:
+        """The text for a place in the data: one of its texts, each as likely, by the seed."""
         if len(self.texts) == 1:
             return self.texts[0]
-        return random.Random(f"{seed}/{epoch}/{self.sha256.hex()}").choice(self.texts)
+        return random.Random(f"{seed}/{epoch}/{row}/{self.sha256.hex()}").choice(self.texts)
 
 
 def list_parts(sources: Sequence[PairSource]) -> tuple[list[Part], dict[str, int]]:

@@ -285,7 +285,8 @@ def test_gradient_checkpointing_keeps_fewer_activations() -> None:
 
 def test_drop_path_drops_whole_branches_of_images() -> None:
     config = tiny().vision_config
-    layer = VisionLayer(config, drop_path=0.25)
+    layer = VisionLayer(config)
+    layer.drop_path = 0.25
     random_weights(layer)
     nn.init.zeros_(layer.mlp["fc2"].weight)  # one branch is enough to look at
     nn.init.zeros_(layer.mlp["fc2"].bias)

@@ -78,7 +78,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def spec_in(home: Path, output: str, **changes: Any) -> BootstrapSpec:
-    (home / f"{output}.yaml").write_text(yaml.safe_dump({**SPEC, "output": output, **changes}))
+    (home / f"{output}.yaml").write_text(yaml.safe_dump({**SPEC, "output": output} | changes))
     spec = load_spec(home / f"{output}.yaml")
     assert isinstance(spec, BootstrapSpec)
     return spec
@@ -111,7 +111,20 @@ def test_stages_of_two_rounds_with_the_ablation(home: Path) -> None:
 def test_settings_are_compared_at_equal_steps_only(home: Path) -> None:
     pretrain = {name: value for name, value in SPEC["pretrain"].items() if name != "steps"}
     with pytest.raises(SpecError, match=r"compared at equal steps; give pretrain\.steps"):
-        bootstrap(spec_in(home, "unequal", ablation=True, pretrain=pretrain))
+        spec_in(home, "unequal", ablation=True, pretrain=pretrain)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"evaluate": {}}, "evaluate: give pairs to measure each model with"),
+        ({"workers": {"gpus": 1}}, "parallel: stages would meet on one GPU"),
+        ({"output": "out%20"}, "no % may be in it"),
+    ],
+)
+def test_what_would_fail_only_days_later_is_refused_at_once(home: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        spec_in(home, "late", **changes)
 
 
 def metrics(output: str) -> list[dict[str, Any]]:
@@ -210,7 +223,7 @@ def test_a_stage_that_fails_is_named_with_its_last_words(home: Path, tmp_path: P
     assert not (tmp_path / "second.log").exists()
 
 
-def test_a_stage_ends_with_the_process_that_started_it(home: Path, tmp_path: Path) -> None:
+def test_a_stage_ends_with_the_process_that_started_it(home: Path) -> None:
     """The parent is killed; the child notices that the pipe is closed."""
     code = (
         "import subprocess, sys, time\n"
@@ -218,8 +231,16 @@ def test_a_stage_ends_with_the_process_that_started_it(home: Path, tmp_path: Pat
         "print(child.pid, flush=True)\n"
         "time.sleep(60)\n"
     )
-    spec = tmp_path / "spec.yaml"
-    spec.write_text(yaml.safe_dump(evaluation(home, "orphan")().model_dump(mode="json")))
+    (home / "orphan.yaml").write_text(
+        yaml.safe_dump(
+            {
+                **{name: value for name, value in SPEC["pretrain"].items() if name != "steps"},
+                **{"kind": "pretrain", "name": "orphan", "output": "orphan", "steps": 10**6},
+                "data": [{"pairs": {"paths": "human/shards"}}],
+            }
+        )
+    )
+    spec = home / "orphan.yaml"
     with subprocess.Popen([sys.executable, "-c", code, str(spec)], stdout=subprocess.PIPE, text=True) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())

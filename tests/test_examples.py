@@ -91,12 +91,13 @@ def test_ranks_share_an_epoch() -> None:
         share(groups, 0, 11)
 
 
-def test_a_texts_draw_is_the_epochs() -> None:
+def test_a_texts_draw_is_its_places() -> None:
     pair = Pair(b"", bytes(32), ("one", "two", "three"))
-    drawn = [pair.text(seed=0, epoch=n) for n in range(300)]
-    assert drawn == [pair.text(seed=0, epoch=n) for n in range(300)]
+    drawn = [pair.text(seed=0, epoch=n, row=7) for n in range(300)]
+    assert drawn == [pair.text(seed=0, epoch=n, row=7) for n in range(300)]
     assert min(Counter(drawn).values()) > 60
-    assert drawn != [pair.text(seed=1, epoch=n) for n in range(300)]
+    assert drawn != [pair.text(seed=1, epoch=n, row=7) for n in range(300)]
+    assert drawn != [pair.text(seed=0, epoch=n, row=8) for n in range(300)]  # an image may come twice in an epoch
 
 
 @pytest.fixture

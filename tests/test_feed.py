@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import jpeg
 
+from capfilt.errors import TrainingError
 from capfilt.examples import Pair
 from capfilt.images import decode
 from capfilt.models.feed import Feed, Place, Texts
@@ -91,3 +92,27 @@ def test_seed_and_epoch_choose_views_and_texts() -> None:
         assert not torch.equal(base.pixels, other.pixels)
         assert not torch.equal(base.ids, other.ids)
     assert torch.equal(base.pixels, batch(0, 0).pixels)
+
+
+def test_what_was_passed_over_is_counted_by_reason() -> None:
+    bad = Pair(b"<html>", bytes(32), ("a cat",))
+    one = feed(2)
+    rows: list[Pair | None] = [pair(0), None, bad, pair(1), bad]
+    assert len(list(one.batches(numbered(rows)))) == 1
+    assert one.passed_over == {"no_text": 1, "not_an_image": 2}
+
+
+def test_an_epoch_without_a_usable_pair_ends_in_words() -> None:
+    def endless() -> Iterator[tuple[Place, Pair | None]]:
+        for epoch in range(100):
+            yield from numbered([None] * 5, epoch)
+
+    with pytest.raises(TrainingError, match=r"a whole epoch holds no pair that can be used\. Rows: no_text 11"):
+        list(feed(2).batches(endless()))
+
+
+def test_a_pair_that_comes_twice_in_an_epoch_has_two_views() -> None:
+    views = Augment(min_scale=0.5, operations=0)
+    same: list[Pair | None] = [pair(0), pair(0)]
+    (batch, _), *_ = feed(2, random_views=views).batches(numbered(same))
+    assert not torch.equal(batch.pixels[0], batch.pixels[1])

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
+from capfilt.errors import TrainingError
 from capfilt.models.losses import (
     IGNORED,
     PRIOR_COLLAPSE,
@@ -311,9 +312,9 @@ def test_negatives_are_drawn_by_softmax_plus_floor(logits: list[float], ids: lis
 
 def test_a_row_without_another_image_has_no_negative() -> None:
     ids, logits_BM, noise_BM = torch.tensor([5, 5, 5]), torch.zeros(3, 3), uniform(3, 3, 0)
-    with pytest.raises(ValueError, match="larger batches"):
+    with pytest.raises(TrainingError, match="raise batch_size"):
         hard_negatives(logits_BM, ids, ids, noise_BM)
-    with pytest.raises(ValueError, match="larger batches"):  # one of two rows is enough
+    with pytest.raises(TrainingError, match="raise batch_size"):  # one of two rows is enough
         hard_negatives(logits_BM[:2], torch.tensor([5, 6]), ids, noise_BM[:2])
     assert hard_negatives(logits_BM[:1], torch.tensor([6]), ids, noise_BM[:1]).item() in range(3)
 

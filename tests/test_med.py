@@ -26,6 +26,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import BlipConfig, BlipTextConfig, BlipVisionConfig
 
+from capfilt.errors import TrainingError
 from capfilt.models.blip import CaptioningNetwork, RetrievalNetwork, fill, initialise
 from capfilt.models.med import (
     Batch,
@@ -540,7 +541,7 @@ def test_captioning_is_the_papers(prompt: int, smoothing: float) -> None:
 
 def test_a_batch_of_one_image_is_refused() -> None:
     objective = objective_of(drawn(RetrievalNetwork(config())))
-    with pytest.raises(ValueError, match="larger batches"):
+    with pytest.raises(TrainingError, match=r"pairs of one image only.* raise batch_size"):
         step(objective, random_batch([3, 3], [4, 5], 1))
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from capfilt.errors import SpecError
 from capfilt.spec import (
     CurateSpec,
     FilterCard,
+    FilterSettings,
     HubCheckpoint,
     LocalCheckpoint,
+    PairSource,
     Thresholds,
+    Workers,
     load_card,
     load_spec,
     output_location,
@@ -183,3 +187,31 @@ def test_every_spec_on_disk(path: Path) -> None:
 
 def test_the_cards_of_the_paper_are_there() -> None:
     assert len(list((ROOT / "models").glob("blip-*.yaml"))) == 6
+
+
+TRAINING = {"image_size": 384, "batch_size": 8}
+
+
+def test_a_field_set_in_fine_tuning_leaves_the_others_as_they_are() -> None:
+    given = {"optimiser": {"lr": 5e-6}, "contrast": {"queue": 100}, "augment": {"flip": 0}}
+    settings = FilterSettings.model_validate({**TRAINING, **given})
+    assert (settings.optimiser.lr, settings.optimiser.schedule, settings.optimiser.warmup_steps) == (5e-6, "cosine", 0)
+    assert (settings.contrast.queue, settings.contrast.by_image, settings.contrast.across_ranks) == (100, True, True)
+    assert settings.contrast.alpha_epochs == 1
+    assert settings.augment is not None
+    assert (settings.augment.flip, settings.augment.min_scale) == (0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("model", "given", "message"),
+    [
+        (PairSource, {"pairs": {"paths": "x"}, "texts": ["web"]}, "texts: only of a dataset"),
+        (PairSource, {"pairs": {"paths": "x"}, "version": 0}, "version: only of a dataset"),
+        (PairSource, {}, "give either dataset or pairs"),
+        (PairSource, {"dataset": "x", "pairs": {"paths": "x"}}, "give either dataset or pairs"),
+        (Workers, {"count": 2, "gpus": 0.5}, "several workers cannot share a GPU"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(model: type[BaseModel], given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        model.model_validate(given)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,8 +14,10 @@ from typing import Any
 
 import psutil
 import pytest
+import ray.data
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 
@@ -23,6 +26,7 @@ from capfilt.models import checkpoints
 from capfilt.models.tiny import write_tiny_pair
 from capfilt.pipelines.run_files import States, only_one, read_log
 from capfilt.pipelines.train import train
+from capfilt.pipelines.training_progress import TrainingDisplay
 from capfilt.spec import TrainSpec, load_card, load_spec
 from capfilt.toyweb import render_clean
 
@@ -189,11 +193,69 @@ def test_captioner_and_filter_are_fine_tuned_apart(home: Path) -> None:
 
 
 @pytest.mark.usefixtures("pretrained")
+def test_a_group_is_one_block_however_large(home: Path) -> None:
+    """Ray Data cuts what a task gives back at its target size; a group's rows must stay together."""
+    context = ray.data.DataContext.get_current()
+    before, context.target_max_block_size = context.target_max_block_size, 1_000
+    try:
+        train(spec_in(home, PRETRAIN, output="cut", steps=1))
+    finally:
+        context.target_max_block_size = before
+
+
+def test_what_a_person_turns_when_training_diverges_may_change(home: Path) -> None:
+    spec = spec_in(home, PRETRAIN, output="turned", steps=2)
+    train(spec)
+    for role in ("captioner", "filter"):  # as if it had not ended
+        (Path(spec.output) / f"{role}.yaml").unlink()
+    optimiser = {**COMMON["optimiser"], "lr": 1e-4, "clip_norm": 1.0}
+    train(spec_in(home, PRETRAIN, output="turned", steps=2, optimiser=optimiser, checkpointing=True))
+    record = json.loads((Path(spec.output) / "run.json").read_text())
+    assert [(was["after_step"], was["optimiser"]["lr"]) for was in record["optimisers"]] == [(0, 1e-3), (0, 1e-4)]
+
+
+def test_fine_tuning_at_another_size_writes_that_size(home: Path, pretrained: TrainSpec) -> None:
+    assert pretrained.image_size == 32
+    captioner = {**COMMON, "kind": "finetune-captioner", "steps": 1, "start": "whole/captioner.yaml", "image_size": 48}
+    spec = spec_in(home, captioner, output="larger", dropout=0.3, drop_path=0.1)
+    train(spec)
+    output = Path(spec.output)
+    assert json.loads((output / "captioner" / "preprocessor_config.json").read_text())["size"]["height"] == 48
+    assert load_file(output / "captioner" / "model.safetensors")[
+        "vision_model.embeddings.position_embedding"
+    ].shape == (1, 37, 32)
+    card = load_card(output / "captioner.yaml")
+    assert (card.image_size, card.licence) == (48, "unknown")
+    checkpoints.load(card, "cpu")
+
+
+def test_progress_shows_each_step_once_though_the_log_is_begun_anew(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=200)
+    display = TrainingDisplay(console, tmp_path, begun=3, total=9)
+    log = tmp_path / "metrics.jsonl"
+
+    def write(steps: range) -> None:
+        staged = tmp_path / "staged"
+        staged.write_text("".join(json.dumps({"step": step, "lm": 1.0, "samples_per_s": 5}) + "\n" for step in steps))
+        staged.replace(log)
+
+    def shown() -> list[int]:
+        return [line["step"] for line in display.news()]
+
+    write(range(1, 6))
+    assert shown() == [4, 5]
+    with log.open("a") as file:
+        file.write('{"step": 6, "lm"')  # cut short
+    assert shown() == []
+    write(range(1, 9))  # workers that began anew at an earlier state
+    assert shown() == [6, 7, 8]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"steps": 21}, "has another steps"),
-        ({"optimiser": {"lr": 1.0}}, "has another optimiser"),
+        ({"optimiser": {"accumulate": 2}}, "has another optimiser"),
         ({"data": [{"pairs": {"paths": "pairs/shards/00000.parquet"}}], "batch_size": 2}, "has another data"),
     ],
 )

@@ -96,10 +96,10 @@ class VisionEmbeddings(nn.Module):
 class VisionLayer(nn.Module):
     """A pre-norm transformer layer; while training, each image skips each branch with probability `drop_path`."""
 
-    def __init__(self, config: BlipVisionConfig, drop_path: float) -> None:
+    def __init__(self, config: BlipVisionConfig) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
-        self.heads, self.dropout, self.drop_path = config.num_attention_heads, config.attention_dropout, drop_path
+        self.heads, self.dropout, self.drop_path = config.num_attention_heads, config.attention_dropout, 0.0
         self.layer_norm1 = nn.LayerNorm(width, eps=eps)
         self.self_attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "projection": nn.Linear(width, width)})
         self.layer_norm2 = nn.LayerNorm(width, eps=eps)
@@ -138,12 +138,19 @@ class VisionTransformer(nn.Module):
 
     def __init__(self, config: BlipVisionConfig, drop_path: float = 0.0) -> None:
         super().__init__()
-        last = max(1, config.num_hidden_layers - 1)
-        rates = [drop_path * layer / last for layer in range(config.num_hidden_layers)]
         self.embeddings = VisionEmbeddings(config)
-        self.encoder = nn.ModuleDict({"layers": nn.ModuleList(VisionLayer(config, rate) for rate in rates)})
+        self.encoder = nn.ModuleDict(
+            {"layers": nn.ModuleList(VisionLayer(config) for _ in range(config.num_hidden_layers))}
+        )
+        self.set_drop_path(drop_path)
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.checkpointing = False
+
+    def set_drop_path(self, rate: float) -> None:
+        """Of the last layer; of the others it rises linearly from 0."""
+        layers = cast("nn.ModuleList", self.encoder["layers"])
+        for number, layer in enumerate(layers):
+            cast("VisionLayer", layer).drop_path = rate * number / max(1, len(layers) - 1)
 
     def forward(self, pixels_BCSS: Tensor) -> Tensor:
         """Normalised pixels [B, 3, S, S], S any multiple of the patch size, to tokens [B, T, W]."""

@@ -6,7 +6,7 @@ B  pairs in a batch    S  side in pixels    L  text tokens
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,13 +17,14 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from capfilt.errors import ImageError
+from capfilt.errors import ImageError, TrainingError
 from capfilt.examples import Pair
 from capfilt.images import decode
 from capfilt.models.augment import augment
 from capfilt.models.med import Batch
 from capfilt.models.preprocess import normalise, resize
 from capfilt.models.tokenizer import padded
+from capfilt.schema import Reason
 from capfilt.spec import Augment, Images
 from capfilt.text import clean
 
@@ -78,7 +79,7 @@ class Feed:
         image_size: side in pixels.
         limits: of what is decoded; a pair whose image cannot be is passed over.
         random_views: None squashes the whole image to the square, as in inference.
-        seed: of views and of the draw among a pair's texts; with the epoch and the image it determines both.
+        seed: of views and of the draw among a pair's texts; with the place and the image it determines both.
         device: where batches go.
     """
 
@@ -97,6 +98,8 @@ class Feed:
         self._texts, self._size, self._batch_size = texts, image_size, batch_size
         self._views, self._seed, self._limits = random_views, seed, limits
         self._threads, self._device = threads, device
+        self.passed_over: Counter[str] = Counter()
+        """Rows that could not be used, by reason, up to the last batch."""
 
     def batches(self, rows: Iterable[tuple[Place, Pair | None]]) -> Iterator[tuple[Batch, Place]]:
         """Full batches, in the order of the rows; a rest that fills none is left.
@@ -106,29 +109,42 @@ class Feed:
 
         Returns:
             Each batch with the place after its last row: whoever resumes goes on from there.
+
+        Raises:
+            TrainingError: a whole epoch holds no row that can be used.
         """
-        waiting: deque[tuple[Place, Future[_Ready | None]]] = deque()
+        waiting: deque[tuple[Place, Future[_Ready | Reason]]] = deque()
         rest, batch = iter(rows), list[_Ready]()
+        last: int | None = None  # epoch of the last row that could be used, or of the first row
         with ThreadPoolExecutor(self._threads, thread_name_prefix="feed") as pool:
             while True:
                 for place, pair in itertools.islice(rest, _AHEAD * self._batch_size - len(waiting)):
-                    waiting.append((place, pool.submit(self._prepare, pair, place.epoch)))
+                    waiting.append((place, pool.submit(self._prepare, pair, place)))
                 if not waiting:
                     return
                 place, future = waiting.popleft()
-                if (ready := future.result()) is not None:
+                ready = future.result()
+                if isinstance(ready, _Ready):
                     batch.append(ready)
+                    last = place.epoch
+                else:
+                    self.passed_over[str(ready)] += 1
+                    last = place.epoch if last is None else last
+                    if place.epoch > last + 1:
+                        found = ", ".join(f"{reason} {rows:,}" for reason, rows in self.passed_over.most_common())
+                        raise TrainingError(f"data: a whole epoch holds no pair that can be used. Rows: {found}")
                 if len(batch) == self._batch_size:
                     yield self._collated(batch), place
                     batch = []
 
-    def _prepare(self, pair: Pair | None, epoch: int) -> _Ready | None:
+    def _prepare(self, pair: Pair | None, place: Place) -> _Ready | Reason:
+        """A pair's view and text; drawn for each place, as one image may come several times in an epoch."""
         if pair is None:
-            return None
+            return Reason.NO_TEXT
         try:
             rgb = decode(pair.image, self._limits).rgb
-        except ImageError:
-            return None
+        except ImageError as error:
+            return error.reason
         if self._views is None:
             pixels_CSS = resize(rgb, self._size)
         else:
@@ -136,13 +152,13 @@ class Feed:
             pixels_CSS = augment(
                 rgb,
                 self._size,
-                np.random.default_rng((self._seed, epoch, pair.image_id)),
+                np.random.default_rng((self._seed, *place, pair.image_id)),
                 min_scale=views.min_scale,
                 flip=views.flip,
                 operations=views.operations,
                 magnitude=views.magnitude,
             )
-        return _Ready(pixels_CSS.permute(1, 2, 0), self._texts.ids(pair.text(self._seed, epoch)), pair.image_id)
+        return _Ready(pixels_CSS.permute(1, 2, 0), self._texts.ids(pair.text(self._seed, *place)), pair.image_id)
 
     def _collated(self, batch: list[_Ready]) -> Batch:
         pixels_BCSS = torch.stack([ready.pixels for ready in batch]).permute(0, 3, 1, 2)

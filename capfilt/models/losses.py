@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812  torch's own name for it
 
+from capfilt.errors import TrainingError
+
 PRIOR_COLLAPSE = 0.6365
 """ITM loss of a model that has learnt only that one pair in three matches: -(1/3 ln 1/3 + 2/3 ln 2/3)."""
 
@@ -94,11 +96,14 @@ def hard_negatives(logits_BM: Tensor, own_B: Tensor, candidates_M: Tensor, noise
         int64 [B], positions among the candidates.
 
     Raises:
-        ValueError: a row has no candidate of another image.
+        TrainingError: a row has no candidate of another image.
     """
     same_BM = own_B[:, None] == candidates_M[None]
     if bool(same_BM.all(1).any()):
-        raise ValueError("a batch of one image has no negatives for matching; use larger batches")
+        raise TrainingError(
+            "a batch holds pairs of one image only, so that matching has no negatives: raise batch_size, or take "
+            "data of more images"
+        )
     weights_BM = logits_BM.detach().float().softmax(1) + NEGATIVE_FLOOR
     race_BM = weights_BM.log() - torch.log(-torch.log(noise_BM))
     return race_BM.masked_fill(same_BM, -torch.inf).argmax(1)

@@ -90,7 +90,7 @@ class Watch:
             if not math.isfinite(value):
                 raise TrainingError(
                     f"step {step}: {name} is {value}. Training has diverged: lower optimiser.lr, lengthen "
-                    "optimiser.warmup_steps, or set optimiser.clip_norm (1.0); then resume from the last checkpoint"
+                    "optimiser.warmup_steps, or set optimiser.clip_norm (1.0); the run then resumes from its last state"
                 )
         if "itm" not in metrics:
             return None
@@ -217,14 +217,18 @@ class Training:
             "adam": self.adam.state_dict(),
             "step": self.clock.step,
             "recent_itm": list(self.watch.recent),
+            "warned": self.watch.warned,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from a state."""
         self.inner.load_state_dict(state["objective"])
         self.adam.load_state_dict(state["adam"])
+        for group in self.adam.param_groups:  # the settings' own: a person may have changed them
+            group["weight_decay"] = self.settings.weight_decay
         self.clock = Clock(state["step"], self.clock.steps_per_epoch, self.clock.total)
         self.watch.recent.extend(state["recent_itm"])
+        self.watch.warned = state["warned"]
 
 
 def _mixed(seed: int, step: int) -> int:

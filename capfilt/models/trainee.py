@@ -12,7 +12,15 @@ import yaml
 from capfilt.errors import CheckpointError, SpecError
 from capfilt.fingerprints import weight_files
 from capfilt.models import checkpoints
-from capfilt.models.blip import CaptioningNetwork, RetrievalNetwork, TextTransformer, VisionTransformer, fill
+from capfilt.models.blip import (
+    CaptioningNetwork,
+    RetrievalNetwork,
+    TextAttention,
+    TextTransformer,
+    VisionTransformer,
+    fill,
+    resize_positions,
+)
 from capfilt.models.feed import PRETRAINING_WORDS, Texts
 from capfilt.models.initial import initial_med
 from capfilt.models.med import CaptionObjective, MatchObjective, MatchSettings, Med, PretrainObjective, Tokens
@@ -92,7 +100,7 @@ def _captioner(spec: FinetuneCaptionerSpec, device: torch.device) -> Trainee:
     loaded = checkpoints.load(card, str(device))
     network = loaded.model.requires_grad_(True)
     _check_length(spec, network)
-    _set_checkpointing(network, spec.checkpointing)
+    _prepare(network, spec)
     prompt = tuple(loaded.ids(spec.prompt))
     if len(prompt) + 3 > spec.max_tokens:
         raise SpecError(f"max_tokens: {spec.max_tokens} leave no room for a text after the prompt's {len(prompt)}")
@@ -106,12 +114,30 @@ def _filter(spec: FinetuneFilterSpec, device: torch.device) -> Trainee:
     loaded = checkpoints.load(card, str(device))
     network = loaded.model.requires_grad_(True)
     _check_length(spec, network)
-    _set_checkpointing(network, spec.checkpointing)
+    _prepare(network, spec)
     texts = Texts(loaded.tokenizer, loaded.cls, loaded.sep, loaded.pad, spec.max_tokens, words=MAX_WORDS)
     generator = torch.Generator().manual_seed(spec.seed)
     tokens = Tokens(loaded.enc, loaded.dec)
     objective = MatchObjective(network, tokens, _settings(spec.contrast), generator).to(device)
     return Trainee(objective, texts, checkpoints.locate(card.checkpoint, card.allow_pickle), spec.contrast)
+
+
+def _prepare(network: CaptioningNetwork | RetrievalNetwork, spec: FinetuneCaptionerSpec | FinetuneFilterSpec) -> None:
+    """Make a loaded network ready to be fine-tuned: positions of its new image size, dropout, checkpointing."""
+    _set_checkpointing(network, spec.checkpointing)
+    vision = network.vision_model
+    side = spec.image_size // network.config.vision_config.patch_size
+    with torch.no_grad():
+        resized = resize_positions(vision.embeddings.position_embedding, side)
+    vision.embeddings.position_embedding = torch.nn.Parameter(resized)
+    network.config.vision_config.image_size = spec.image_size
+    vision.set_drop_path(spec.drop_path)
+    if spec.dropout is not None:
+        for module in network.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = spec.dropout
+            elif isinstance(module, TextAttention):
+                module.dropout = spec.dropout
 
 
 def _settings(contrast: Contrast) -> MatchSettings:
@@ -182,7 +208,7 @@ def _write_card(spec: TrainSpec, role: str) -> None:
         "role": role,
         "checkpoint": {"path": role},
         "image_size": spec.image_size,
-        "licence": spec.licence,
+        "licence": spec.licence or ("unknown" if isinstance(spec, PretrainSpec) else spec.start.licence),
     }
     if role == "captioner":
         card["prompt"] = spec.prompt if isinstance(spec, FinetuneCaptionerSpec) else ""

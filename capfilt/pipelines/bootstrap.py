@@ -18,7 +18,6 @@ from typing import Any
 
 from rich.console import Console
 
-from capfilt.errors import SpecError
 from capfilt.pipelines.run_files import compare_record, only_one, read_record, write_json
 from capfilt.pipelines.session import interruptible, surroundings
 from capfilt.pipelines.stages import Stage, run_stages
@@ -40,6 +39,16 @@ from capfilt.spec import (
 NONE, FILTERED, CAPTIONED, BOTH = "none", "F", "C", "C+F"
 """BLIP's table 1: pretraining on the web as it is; what the filter keeps of it; web and synthetic texts unfiltered;
 what the filter keeps of both."""
+
+
+_SPEED: dict[str, Any] = dict.fromkeys(("state_steps", "checkpointing"), True)
+_MAY_CHANGE: dict[str, Any] = {
+    **dict.fromkeys(("ray", "parallel", "output"), True),
+    **dict.fromkeys(("pretrain", "captioner", "filter"), _SPEED),
+    "curate": {"batch_size", "placement"},
+    "workers": {"retries"},
+}
+"""Fields that change nothing about what is made: a run resumes with others."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +86,15 @@ def bootstrap(spec: BootstrapSpec, *, console: Console | None = None) -> Bootstr
 
     Raises:
         ConflictError: another run is at work in the output.
-        SpecError: `ablation` compares models, so `pretrain.steps` must be given.
         StageError, ErrorBudgetError: a stage failed; its log is named.
         TrainingError: the output holds a run of another spec.
         KeyboardInterrupt: what is done stays done, and stages resume.
     """
-    if spec.ablation and spec.pretrain.steps is None:
-        raise SpecError("ablation: settings are compared at equal steps; give pretrain.steps")
     console = console or Console(stderr=True)
     begin, output = time.monotonic(), Path(spec.output)
     with only_one(output):
         record = read_record(output / "run.json")
-        about = {"spec": spec.model_dump(mode="json", exclude={"ray", "parallel", "output"})}
+        about = {"spec": spec.model_dump(mode="json", exclude=_MAY_CHANGE)}
         if record is None:
             write_json(output / "run.json", {**about, **surroundings()})
         else:

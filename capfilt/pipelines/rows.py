@@ -61,17 +61,18 @@ def rank_rows(
     """Rows after a place, epoch after epoch without end; None for one without an image or a text.
 
     Args:
-        wanted: how many are expected to be asked for; no more than a group beyond are read at first.
+        wanted: how many are expected to be asked for; not many more are read at first.
 
     Raises:
         TrainingError: there are fewer groups than ranks.
         InputError: a file cannot be read.
+        ray.exceptions.RayError: Ray lost what it was reading.
     """
     groups = _groups(data, rank, ranks, place)
     while True:
         window: list[tuple[Place, Group]] = []
         rows = 0
-        while len(window) < WINDOW and rows < max(1, wanted):
+        while len(window) < READERS or (len(window) < WINDOW and rows < wanted):
             window.append(next(groups))
             rows += window[-1][1].rows
         wanted -= rows
@@ -101,6 +102,7 @@ def _read(groups: Sequence[Group], sources: Sequence[PairSource]) -> Generator[l
 
     context = quiet(ray.data.DataContext.get_current().copy())
     context.execution_options.preserve_order = True
+    context.target_max_block_size = None  # a group is one block, however large
     with ray.data.DataContext.current(context):  # a dataset keeps the context it was made in
         dataset = ray.data.from_items(
             [{"group": pickle.dumps(group)} for group in groups], override_num_blocks=len(groups)
@@ -112,15 +114,9 @@ def _read(groups: Sequence[Group], sources: Sequence[PairSource]) -> Generator[l
             num_cpus=0,
             concurrency=min(READERS, len(groups)),
         )
-    bundles = dataset.iter_internal_ref_bundles()
-    try:
-        for bundle in bundles:
-            for entry in bundle.blocks:
-                yield _pairs(ray.get(entry.ref))
-    except ray.exceptions.RayError as error:
-        raise CapfiltError(f"Ray failed while reading rows to train on: {error}") from error
-    finally:
-        getattr(bundles, "close", lambda: None)()
+    for bundle in dataset.iter_internal_ref_bundles():  # dropping this iterator ends what still runs
+        for entry in bundle.blocks:
+            yield _pairs(ray.get(entry.ref))
 
 
 def _read_one(batch: pa.Table, sources: tuple[PairSource, ...]) -> pa.Table:

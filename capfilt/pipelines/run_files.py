@@ -95,6 +95,8 @@ class States:
     def write(self, step: int, state: Mapping[str, Any]) -> None:
         """Keep a state; it appears whole."""
         self._directory.mkdir(parents=True, exist_ok=True)
+        for left in self._directory.glob(".step-*"):  # by an attempt that was killed
+            left.unlink()
         staged = self._directory / f".step-{step}.{os.getpid()}"
         with staged.open("wb") as file:
             torch.save(dict(state), file)
@@ -111,7 +113,7 @@ class States:
             TrainingError: the file is not one.
         """
         try:
-            state: dict[str, Any] = torch.load(self._file(step), map_location="cpu", weights_only=True)
+            state: dict[str, Any] = torch.load(self._file(step), map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:
             raise TrainingError(
                 f"{self._file(step)}: not a state ({error}); delete it to resume from the one before"
@@ -147,7 +149,7 @@ class Log:
             from tensorboardX import SummaryWriter
         except ImportError:
             raise CapfiltError("training needs tensorboardX and ray[train]: pip install 'capfilt[train]'") from None
-        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1 if step else None)
+        self._board = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """One step's metrics."""

@@ -1,7 +1,7 @@
 """Training on Ray Train: one process a device, each over its own share of the data; resumes to the same step.
 
 The driver lists the data, pins the versions of datasets and starts the workers; the workers do everything else
-(capfilt.pipelines.train_worker). One worker on a local Ray is this process itself (Ray Train's local mode).
+(capfilt.pipelines.train_worker). One worker on a local Ray is this process itself, in Ray Train's local mode.
 """
 
 from __future__ import annotations
@@ -10,28 +10,37 @@ import hashlib
 import math
 import pickle
 import shutil
+import signal
+import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from capfilt.errors import CapfiltError, TrainingError
+from capfilt.errors import CapfiltError, CheckpointError, DatasetError, SpecError, TrainingError
 from capfilt.examples import Part, list_parts
 from capfilt.fingerprints import fingerprint
 from capfilt.models.trainee import ROLES
 from capfilt.pipelines.rows import Data
 from capfilt.pipelines.run_files import States, compare_record, only_one, read_log, read_record, write_json
 from capfilt.pipelines.session import connected, interruptible, surroundings
-from capfilt.pipelines.train_worker import Task, train_here
+from capfilt.pipelines.train_worker import Task, of_first_rank, train_here
 from capfilt.pipelines.training_progress import TrainingDisplay
 from capfilt.spec import PairSource, PretrainSpec, TrainSpec
 
-_MAY_CHANGE: dict[str, Any] = {"ray": True, "state_steps": True, "output": True, "workers": {"retries", "cpus"}}
-"""Fields that change nothing about what is trained: a run resumes with others."""
+_TUNING = {"lr", "min_lr", "decay_rate", "warmup_steps", "warmup_lr", "weight_decay", "clip_norm"}
+_MAY_CHANGE: dict[str, Any] = {
+    **dict.fromkeys(("ray", "state_steps", "output", "checkpointing"), True),
+    "workers": {"retries", "cpus"},
+    "optimiser": _TUNING,
+}
+"""Fields that a run resumes with others of: they change nothing about what is trained but for rounding; and what a
+person turns when training diverges, which is recorded."""
 
 
 @dataclass
@@ -76,10 +85,10 @@ def train(spec: TrainSpec, *, console: Console | None = None) -> TrainSummary:
         states = States(output)
         summary.rows, summary.steps, summary.resumed_at = task.data.rows, task.total, states.newest() or 0
         if not _done(spec):
-            display = TrainingDisplay(console or Console(stderr=True), output, task.total)
+            display = TrainingDisplay(console or Console(stderr=True), output, summary.resumed_at, task.total)
             with interruptible(), display:
                 _fit(task)
-            states.clear()
+        states.clear()
         lines = read_log(output)
     summary.last = next((line for line in reversed(lines) if "warning" not in line), {})
     summary.warnings = [line["warning"] for line in lines if "warning" in line]
@@ -113,9 +122,14 @@ def _prepare(spec: TrainSpec) -> Task:
     about = {"spec": _identity(spec), "data": _digest(parts), "start": _start(spec)}
     if record is None:
         length = {"rows": data.rows, "steps_per_epoch": steps_per_epoch, "total": total}
-        write_json(file, {**about, "versions": versions, **length, **surroundings()})
+        record = {**about, "versions": versions, **length, **surroundings(), "optimisers": []}
     else:
         compare_record(file, record, about)
+    optimiser = spec.optimiser.model_dump(mode="json")
+    if not record["optimisers"] or record["optimisers"][-1]["optimiser"] != optimiser:
+        after = States(Path(spec.output)).newest() or 0
+        record["optimisers"].append({"after_step": after, "optimiser": optimiser})
+        write_json(file, record)
     return Task(spec, data, steps_per_epoch, total)
 
 
@@ -141,28 +155,32 @@ def _start(spec: TrainSpec) -> str | None:
 
 
 def _fit(task: Task) -> None:
-    spec = task.spec
-    workers = spec.workers
-    with connected(spec.ray, cpus=math.ceil(workers.count * workers.cpus)):
-        if workers.count == 1 and spec.ray.address == "local":
-            train_here(task)
-        else:
-            _fit_on_workers(task)
+    import ray.exceptions
+
+    workers = task.spec.workers
+    with connected(task.spec.ray, cpus=math.ceil(workers.count * workers.cpus)), _interrupts_raise():
+        try:
+            _fit_on_ray_train(task)
+        except ray.exceptions.RayError as error:
+            raise TrainingError(f"Ray failed: {error}; run the same again to resume") from error
 
 
-def _fit_on_workers(task: Task) -> None:
+def _fit_on_ray_train(task: Task) -> None:
     import ray.train
     from ray.train.torch import TorchTrainer
 
     spec = task.spec
     workers, output = spec.workers, Path(spec.output)
+    here = workers.count == 1 and spec.ray.address == "local"  # Ray Train's local mode: in this process
     attempt = f"attempt-{uuid.uuid4().hex[:8]}"
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     trainer = TorchTrainer(
         _loop,
         train_loop_config={"task": pickle.dumps(task), "attempt": attempt},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers.count, use_gpu=workers.gpus > 0, resources_per_worker=resources
+            num_workers=0 if here else workers.count,
+            use_gpu=workers.gpus > 0,
+            resources_per_worker=None if here else resources,
         ),
         run_config=ray.train.RunConfig(
             name=attempt,
@@ -183,18 +201,31 @@ def _fit_on_workers(task: Task) -> None:
         shutil.rmtree(output / "ray", ignore_errors=True)
 
 
+@contextmanager
+def _interrupts_raise() -> Iterator[None]:
+    """Ray Train takes SIGINT for itself, and ends the process as if all were done; here it is an interruption."""
+    try:
+        before = signal.getsignal(signal.SIGINT)
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt("Ray Train was interrupted") from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
+
+
 def _failure(output: Path, attempt: str) -> Path:
     return output / f".failure-{attempt}"
 
 
 def _loop(config: dict[str, Any]) -> None:
-    """What each worker runs. An error of ours is left for the driver: workers started anew would only meet it again."""
+    """What each worker runs. An error that workers started anew would only meet again is left for the driver."""
     task: Task = pickle.loads(config["task"])
     failure = _failure(Path(task.spec.output), config["attempt"])
-    if failure.exists():
+    if of_first_rank(failure.exists()):
         return
     try:
         train_here(task)
-    except CapfiltError as error:
+    except (SpecError, CheckpointError, DatasetError, TrainingError) as error:
         failure.write_bytes(pickle.dumps(error))
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from capfilt.errors import SpecError
 from capfilt.models.feed import Feed, Place
 from capfilt.models.med import Batch
 from capfilt.models.train import Training
@@ -19,6 +21,9 @@ from capfilt.models.trainee import Trainee, trainee, write_checkpoints
 from capfilt.pipelines.rows import Data, rank_rows
 from capfilt.pipelines.run_files import Log, States
 from capfilt.spec import TrainSpec
+
+_Standing = tuple[int, int, dict[str, int]]
+"""A rank's epoch, row, and rows passed over by reason."""
 
 
 @dataclass(frozen=True)
@@ -48,14 +53,30 @@ def train_here(task: Task) -> None:
         trained = trainee(spec, device)
         training = _training(task, trained, rank, ranks)
         states = States(Path(spec.output))
-        place = Place(0, 0)
-        if (newest := states.newest()) is not None:
-            state = states.read(newest)
-            training.restore(state)
-            place = Place(*state["places"][rank])
-        _run(task, training, trained, states, place, rank, ranks)
+        place, passed_over = _restore(training, states, rank)
+        _run(task, training, trained, states, place, passed_over, rank, ranks)
         if rank == 0:
             write_checkpoints(spec, trained)
+
+
+def _restore(training: Training, states: States, rank: int) -> tuple[Place, Counter[str]]:
+    """Go on from the newest state, if there is one: where this rank stands in its data, and what it passed over."""
+    newest = of_first_rank(states.newest())
+    if newest is None:
+        return Place(0, 0), Counter()
+    state = states.read(newest)
+    training.restore(state)
+    epoch, row, passed_over = state["ranks"][rank]
+    return Place(epoch, row), Counter(passed_over)
+
+
+def of_first_rank(value: Any) -> Any:
+    """Rank 0's value, on every rank: what a shared disk shows may differ between machines for a while."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
 
 
 def _training(task: Task, trained: Trainee, rank: int, ranks: int) -> Training:
@@ -78,7 +99,16 @@ def _training(task: Task, trained: Trainee, rank: int, ranks: int) -> Training:
     )
 
 
-def _run(task: Task, training: Training, trained: Trainee, states: States, place: Place, rank: int, ranks: int) -> None:
+def _run(
+    task: Task,
+    training: Training,
+    trained: Trainee,
+    states: States,
+    place: Place,
+    passed_over: Counter[str],
+    rank: int,
+    ranks: int,
+) -> None:
     spec, begun = task.spec, training.clock.step
     left = (task.total - begun) * spec.optimiser.accumulate * spec.batch_size
     feed = Feed(
@@ -91,6 +121,7 @@ def _run(task: Task, training: Training, trained: Trainee, states: States, place
         threads=max(1, int(spec.workers.cpus)),
         device=training.device,
     )
+    feed.passed_over.update(passed_over)
     here = place
 
     def batches(rows: Any) -> Generator[Batch, None, None]:
@@ -103,7 +134,7 @@ def _run(task: Task, training: Training, trained: Trainee, states: States, place
 
     def write(metrics: dict[str, float]) -> None:
         if log:
-            log.write(training.clock.step, metrics)
+            log.write(training.clock.step, {**metrics, "passed_over": feed.passed_over.total()})
 
     def warn(message: str) -> None:
         if log:
@@ -113,26 +144,30 @@ def _run(task: Task, training: Training, trained: Trainee, states: States, place
         with closing(rank_rows(task.data, rank, ranks, place, left)) as rows, closing(batches(rows)) as some:
             for clock in training.run(some, write, warn):
                 if clock.step % spec.state_steps == 0 and clock.step < task.total:
-                    places = _places(here, ranks)
+                    every = _of_all_ranks((here.epoch, here.row, dict(feed.passed_over)), ranks)
                     if rank == 0:
-                        states.write(clock.step, {**training.state(), "places": places})
+                        states.write(clock.step, {**training.state(), "ranks": every})
+            if feed.passed_over:
+                found = ", ".join(f"{reason} {rows:,}" for reason, rows in feed.passed_over.most_common())
+                warn(f"rows of rank {rank} that could not be used and were passed over: {found}")
     finally:
         if log:
             log.close()
 
 
-def _places(here: Place, ranks: int) -> list[tuple[int, int]]:
-    """Where each rank stands in its data."""
+def _of_all_ranks(own: _Standing, ranks: int) -> list[_Standing]:
     if ranks == 1:
-        return [(here.epoch, here.row)]
-    places: list[tuple[int, int]] = [(0, 0)] * ranks
-    dist.all_gather_object(places, tuple(here))
-    return places
+        return [own]
+    every = [own] * ranks
+    dist.all_gather_object(every, own)
+    return every
 
 
 def _device(spec: TrainSpec) -> torch.device:
     if not spec.workers.gpus:
         return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise SpecError("workers.gpus: this process sees no CUDA device; set it to 0, or go where there is one")
     import ray.train.torch
 
     device: torch.device = ray.train.torch.get_device() if dist.is_initialized() else torch.device("cuda")

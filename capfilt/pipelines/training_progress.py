@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from pathlib import Path
 from types import TracebackType
@@ -20,14 +21,15 @@ class TrainingDisplay:
     Args:
         console: where to; its `is_terminal` chooses the form.
         output: of the run.
+        begun: steps done before; what the log says of them is not shown.
         total: steps of the run.
         plain_seconds: between two plain lines.
     """
 
-    def __init__(self, console: Console, output: Path, total: int, plain_seconds: float = 30.0) -> None:
+    def __init__(self, console: Console, output: Path, begun: int, total: int, plain_seconds: float = 30.0) -> None:
         self._console, self._file, self._total = console, output / "metrics.jsonl", total
         self._seconds = 1.0 if console.is_terminal else plain_seconds
-        self._read = 0
+        self._shown, self._read, self._inode = begun, 0, 0
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="training progress", daemon=True)
         self._live: Progress | None = None
@@ -43,8 +45,6 @@ class TrainingDisplay:
             self._task = self._live.add_task("train", total=total, line="starting")
 
     def __enter__(self) -> TrainingDisplay:
-        if self._file.exists():
-            self._read = self._file.stat().st_size  # what an earlier attempt did is not news
         if self._live:
             self._live.start()
         self._thread.start()
@@ -64,7 +64,7 @@ class TrainingDisplay:
             self._show()
 
     def _show(self) -> None:
-        lines = self._news()
+        lines = self.news()
         for line in lines:
             if "warning" in line:
                 self._console.print(f"capfilt: {line['warning']}", markup=False, highlight=False, soft_wrap=True)
@@ -78,19 +78,22 @@ class TrainingDisplay:
             step = f"step {steps[-1]['step']:,} of {self._total:,}"
             self._console.print(f"capfilt: {step}  {said}", markup=False, highlight=False, soft_wrap=True)
 
-    def _news(self) -> list[dict[str, Any]]:
-        """Whole lines since the last look."""
+    def news(self) -> list[dict[str, Any]]:
+        """Whole lines since the last look, of steps not shown yet. Workers that begin anew write another file."""
         try:
-            if self._file.stat().st_size < self._read:  # workers that began anew cut it short
-                self._read = 0
             with self._file.open("rb") as file:
+                inode = os.fstat(file.fileno()).st_ino
+                if inode != self._inode:
+                    self._read, self._inode = 0, inode
                 file.seek(self._read)
                 text = file.read()
         except FileNotFoundError:
             return []
         whole = text[: text.rfind(b"\n") + 1]
         self._read += len(whole)
-        return [json.loads(line) for line in whole.splitlines()]
+        lines = [line for line in map(json.loads, whole.splitlines()) if line["step"] > self._shown]
+        self._shown = max((line["step"] for line in lines), default=self._shown)
+        return lines
 
 
 def describe(steps: list[dict[str, Any]]) -> str:

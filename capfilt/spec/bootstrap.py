@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 
 from capfilt.spec.cards import Placement, ThresholdsOverride
 from capfilt.spec.curation import Sampling
 from capfilt.spec.evaluation import EvaluationSettings, Truth
-from capfilt.spec.fields import Images, Input, Model, Ray, SharedDirectory
+from capfilt.spec.fields import Images, Input, Model, Ray, SharedDirectory, no_percent
 from capfilt.spec.training import CaptionerSettings, FilterSettings, PretrainSettings, Workers
 
 
@@ -34,7 +34,7 @@ class BootstrapSpec(Model):
     web: Input = Field(description="Noisy pairs.")
     human: Input = Field(description="Clean pairs; captioner and filter are fine-tuned on them.")
     human_weight: float = Field(default=1.0, gt=0, le=1000, description="Passes over them in an epoch of pretraining.")
-    output: SharedDirectory = Field(description="For all stages.")
+    output: Annotated[SharedDirectory, AfterValidator(no_percent)] = Field(description="For all stages; without `%`.")
     rounds: int = Field(default=1, ge=1, le=20)
     ablation: bool = Field(
         default=False,
@@ -52,3 +52,13 @@ class BootstrapSpec(Model):
     images: Images = Images()
     workers: Workers = Workers()
     ray: Ray = Ray()
+
+    @model_validator(mode="after")
+    def _works(self) -> BootstrapSpec:
+        if self.ablation and self.pretrain.steps is None:
+            raise ValueError("ablation: settings are compared at equal steps; give pretrain.steps")
+        if self.evaluate.pairs is None or not (self.evaluate.retrieval or self.evaluate.captioning):
+            raise ValueError("evaluate: give pairs to measure each model with, and retrieval or captioning")
+        if self.parallel > 1 and self.ray.address == "local" and (self.workers.gpus or self.curate.placement.gpus):
+            raise ValueError("parallel: stages would meet on one GPU; set it to 1, or join a cluster (ray.address)")
+        return self

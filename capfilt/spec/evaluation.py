@@ -68,9 +68,11 @@ class EvaluationSettings(Model):
 
     pairs: Input | None = Field(default=None, description="Test images and texts; rows of one image are one image.")
     truth: Truth | None = Field(default=None, description="Of the test images: counts captions that are right.")
-    retrieval: Retrieval | None = Field(default=Retrieval(), description="Null leaves it out.")
-    captioning: Captioning | None = Field(default=Captioning(), description="Null leaves it out.")
-    calibrate: bool = Field(default=True, description="Find a threshold that tells the test pairs from shuffled ones.")
+    retrieval: Retrieval | None = Field(default=Retrieval(), description="By the filter; null leaves it out.")
+    captioning: Captioning | None = Field(default=Captioning(), description="By the captioner; null leaves it out.")
+    calibrate: bool = Field(
+        default=True, description="Find the filter's threshold that tells the test pairs from shuffled ones."
+    )
     max_false_positive_rate: float | None = Field(
         default=None, ge=0, le=1, description="Of the calibrated threshold; the best F1 if not given."
     )

@@ -90,6 +90,24 @@ class Augment(Model):
     magnitude: float = Field(default=5, ge=0, le=10, description="Of the operations.")
 
 
+class FinetuneOptimiser(Optimiser):
+    """AdamW as BLIP fine-tunes ViT-B (configs/caption_coco.yaml, retrieval_coco.yaml)."""
+
+    lr: float = Field(default=1e-5, gt=0, le=1, description="Peak learning rate.")
+    schedule: Literal["decay", "cosine"] = Field(
+        default="cosine",
+        description="`decay`: times decay_rate an epoch (pretraining); `cosine`: to min_lr at the end.",
+    )
+    min_lr: float = Field(default=0, ge=0, le=1)
+    warmup_steps: int = Field(default=0, ge=0, description="Linear from warmup_lr.")
+
+
+class FinetuneAugment(Augment):
+    """Random views as in fine-tuning."""
+
+    min_scale: float = Field(default=0.5, gt=0, le=1, description="Smallest crop, of the image's area.")
+
+
 class PairSource(Model):
     """Image-text pairs to train on: a curated dataset, or plain Parquet (human pairs, or a raw web)."""
 
@@ -106,6 +124,13 @@ class PairSource(Model):
     def _one(self) -> PairSource:
         if (self.dataset is None) == (self.pairs is None):
             raise ValueError("give either dataset or pairs")
+        given = {
+            "version": self.version is not None,
+            "texts": set(self.texts) != {"web", "synthetic"},
+            "storage_options": bool(self.storage_options),
+        }
+        if self.pairs is not None and (unused := [name for name, is_given in given.items() if is_given]):
+            raise ValueError(f"{', '.join(unused)}: only of a dataset; pairs have storage_options of their own")
         return self
 
 
@@ -119,6 +144,14 @@ class Contrast(Model):
     alpha_epochs: float = Field(default=2.0, ge=0, description="Epochs over which alpha rises from 0.")
     by_image: bool = Field(default=False, description="Pairs of one image are positives of each other.")
     across_ranks: bool = Field(default=False, description="Negatives are drawn from the batches of all workers.")
+
+
+class FilterContrast(Contrast):
+    """ITC and ITM as the filter is fine-tuned (configs/retrieval_coco.yaml)."""
+
+    alpha_epochs: float = Field(default=1.0, ge=0, description="Epochs over which alpha rises from 0.")
+    by_image: bool = Field(default=True, description="Pairs of one image are positives of each other.")
+    across_ranks: bool = Field(default=True, description="Negatives are drawn from the batches of all workers.")
 
 
 class Initial(Model):
@@ -140,7 +173,18 @@ class Workers(Model):
     count: int = Field(default=1, ge=1, le=4096)
     gpus: float = Field(default=0, ge=0, le=1, description="GPUs of each; 0 computes on the CPU.")
     cpus: float = Field(default=1, gt=0, le=1024, description="CPU cores of each; also its decoding threads.")
-    retries: int = Field(default=3, ge=0, description="Times that workers are started anew after one died.")
+    retries: int = Field(
+        default=3,
+        ge=0,
+        description="Times that workers are started anew after one died. One worker on a local Ray is the run's own "
+        "process, which nobody starts anew.",
+    )
+
+    @model_validator(mode="after")
+    def _whole(self) -> Workers:
+        if self.count > 1 and self.gpus not in (0, 1):
+            raise ValueError(f"gpus: {self.gpus:g}; several workers cannot share a GPU, give 1")
+        return self
 
 
 class TrainingSettings(Model):
@@ -175,10 +219,14 @@ class CaptionerSettings(TrainingSettings):
 
     max_tokens: int = Field(default=40, ge=4, le=512, description="Longer texts are cut; special tokens are counted.")
     epochs: float = Field(default=5, gt=0, description="Passes over the data.")
-    optimiser: Optimiser = Optimiser(lr=1e-5, schedule="cosine", min_lr=0, warmup_steps=0)
-    augment: Augment | None = Field(
-        default=Augment(min_scale=0.5), description="Null squashes whole images, as inference does."
+    optimiser: FinetuneOptimiser = FinetuneOptimiser()
+    augment: FinetuneAugment | None = Field(
+        default=FinetuneAugment(), description="Null squashes whole images, as inference does."
     )
+    dropout: float | None = Field(
+        default=None, ge=0, lt=1, description="Of the text transformer; the checkpoint's if not given. BLIP has 0.1."
+    )
+    drop_path: float = Field(default=0, ge=0, lt=1, description="Of the last vision layer; BLIP has 0.1 for ViT-L.")
     prompt: str = Field(
         default="a picture of ", max_length=200, description="Put before every text; no loss is taken on it."
     )
@@ -190,18 +238,22 @@ class FilterSettings(TrainingSettings):
 
     max_tokens: int = Field(default=35, ge=4, le=512, description="Longer texts are cut; special tokens are counted.")
     epochs: float = Field(default=6, gt=0, description="Passes over the data.")
-    optimiser: Optimiser = Optimiser(lr=1e-5, schedule="cosine", min_lr=0, warmup_steps=0)
-    augment: Augment | None = Field(
-        default=Augment(min_scale=0.5), description="Null squashes whole images, as inference does."
+    optimiser: FinetuneOptimiser = FinetuneOptimiser()
+    augment: FinetuneAugment | None = Field(
+        default=FinetuneAugment(), description="Null squashes whole images, as inference does."
     )
-    contrast: Contrast = Contrast(by_image=True, across_ranks=True, alpha_epochs=1.0)
+    dropout: float | None = Field(
+        default=None, ge=0, lt=1, description="Of the text transformer; the checkpoint's if not given. BLIP has 0.1."
+    )
+    drop_path: float = Field(default=0, ge=0, lt=1, description="Of the last vision layer; BLIP has 0.1 for ViT-L.")
+    contrast: FilterContrast = FilterContrast()
 
 
 class _Run(Model):
     name: str = Field(pattern=r"^[\w.-]{1,60}$", description="Of the model; its cards are named after it.")
     data: tuple[PairSource, ...] = Field(min_length=1, description="What to train on.")
     output: SharedDirectory = Field(description="For the log, the state that a run resumes from, and checkpoints.")
-    licence: str = Field(default="unknown", description="Of the weights, for the cards.")
+    licence: str | None = Field(default=None, description="Of the weights, for the cards; the start's if not given.")
     seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Of weights, order, views, texts and negatives.")
     images: Images = Images()
     workers: Workers = Workers()
