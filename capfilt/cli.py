@@ -9,7 +9,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,6 +47,7 @@ from capfilt.spec import (
     LocalCheckpoint,
     PretrainSpec,
     Quality,
+    RunSpec,
     Truth,
     load_curate_spec,
     load_spec,
@@ -54,7 +55,7 @@ from capfilt.spec import (
 )
 
 if TYPE_CHECKING:
-    from capfilt.fragments import Footer
+    from capfilt.fragments import Layout
     from capfilt.pipelines.curate import Summary
 
 app = typer.Typer(
@@ -148,38 +149,38 @@ def _native_noise_in_a_file() -> Iterator[Console]:
 def check(spec: SpecFile, overrides: Overrides = None) -> None:
     """Validate a spec: its fields, the inputs it lists, their columns, its cards. Runs nothing, writes nothing."""
     loaded = load_spec(spec, overrides or ())
+    for line in [f"{spec}: a valid {loaded.kind} spec", *_checked(loaded)]:  # printed once all is found good
+        say(line)
+
+
+def _checked(loaded: RunSpec) -> Iterator[str]:
+    """What a look at a spec's inputs and cards finds."""
     if isinstance(loaded, CurateSpec):
-        _check_curation(loaded)
+        from capfilt.fingerprints import run_fingerprints
+
+        inputs, layout = _check_input(loaded.input, loaded.output)
+        yield inputs
+        yield f"columns: image={layout.image} text={layout.text} url={layout.url} key={layout.key}"
+        yield from _check_cards(loaded.captioner, loaded.filter)
+        prints = run_fingerprints(loaded)
+        yield f"fingerprints: caption {prints.caption}, score {prints.score}, decide {prints.decide}"
     elif isinstance(loaded, BootstrapSpec):
-        for source in (loaded.web, loaded.human):
-            _check_input(source)
+        yield from (_check_input(source)[0] for source in (loaded.web, loaded.human, loaded.evaluate.pairs) if source)
     elif isinstance(loaded, EvaluateSpec):
         if loaded.pairs:
-            _check_input(loaded.pairs)
-        _check_cards(card for card in (loaded.captioner, loaded.filter) if card)
+            yield _check_input(loaded.pairs)[0]
+        yield from _check_cards(loaded.captioner, loaded.filter)
     else:
         from capfilt.examples import list_parts
 
         parts, versions = list_parts(loaded.data)
-        say(f"data: {sum(part.rows for part in parts):,} rows in {len({part.url for part in parts}):,} files")
-        for dataset, version in versions.items():
-            say(f"dataset {dataset}: version {version} of its pairs")
-        _check_cards([loaded.start] if not isinstance(loaded, PretrainSpec) else [])
-    say(f"{spec}: a valid {loaded.kind} spec")
+        yield f"data: {sum(part.rows for part in parts):,} rows in {len({part.url for part in parts}):,} files"
+        yield from (f"dataset {dataset}: version {version} of its pairs" for dataset, version in versions.items())
+        yield from _check_cards(None if isinstance(loaded, PretrainSpec) else loaded.start)
 
 
-def _check_curation(loaded: CurateSpec) -> None:
-    from capfilt.fingerprints import run_fingerprints
-
-    layout = _check_input(loaded.input, loaded.output).layout
-    say(f"columns: image={layout.image} text={layout.text} url={layout.url} key={layout.key}")
-    _check_cards([loaded.captioner, loaded.filter])
-    prints = run_fingerprints(loaded)
-    say(f"fingerprints: caption {prints.caption}, score {prints.score}, decide {prints.decide}")
-
-
-def _check_input(source: Input, output: str | None = None) -> Footer:
-    """List an input and read its first footer."""
+def _check_input(source: Input, output: str | None = None) -> tuple[str, Layout]:
+    """List an input and read its first footer: a line on it, and its columns."""
     from capfilt.fragments import read_footer
     from capfilt.inputs import list_inputs
 
@@ -188,16 +189,17 @@ def _check_input(source: Input, output: str | None = None) -> Footer:
         raise InputError(f"{NO_INPUT.format(output=output)}; name others")
     footer = read_footer(files[0], source.columns, source.storage_options)
     size = sum(file.size for file in files)
-    say(f"inputs: {len(files):,} files, {size:,} bytes; the first has {footer.rows:,} rows")
-    return footer
+    line = f"inputs: {len(files):,} files, {size:,} bytes; the first has {footer.rows:,} rows"
+    return line, footer.layout
 
 
-def _check_cards(cards: Iterable[CaptionerCard | FilterCard]) -> None:
+def _check_cards(*cards: CaptionerCard | FilterCard | None) -> Iterator[str]:
     from capfilt.weights import inspect
 
     for card in cards:
-        inspect(card)
-        say(f"{card.role} {card.name}: {_whereabouts(card.checkpoint)}")
+        if card is not None:
+            inspect(card)
+            yield f"{card.role} {card.name}: {_whereabouts(card.checkpoint)}"
 
 
 def _whereabouts(checkpoint: HubCheckpoint | LocalCheckpoint) -> str:

@@ -77,9 +77,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def spec_in(home: Path, output: str, **changes: Any) -> BootstrapSpec:
-    (home / f"{output}.yaml").write_text(yaml.safe_dump({**SPEC, "output": output} | changes))
-    spec = load_spec(home / f"{output}.yaml")
+def spec_in(home: Path, name: str, **changes: Any) -> BootstrapSpec:
+    (home / f"{name}.yaml").write_text(yaml.safe_dump({**SPEC, "output": name} | changes))
+    spec = load_spec(home / f"{name}.yaml")
     assert isinstance(spec, BootstrapSpec)
     return spec
 
@@ -218,7 +218,9 @@ def evaluation(home: Path, name: str, **fields: Any) -> Any:
 
 def test_a_stage_that_fails_is_named_with_its_last_words(home: Path, tmp_path: Path) -> None:
     gone = evaluation(home, "gone", pairs=Input(paths=(str(home / "gone"),)))
-    with pytest.raises(StageError, match=r"(?s)first failed with exit code 1; .*first\.log ends:.*no such file"):
+    with pytest.raises(
+        StageError, match=r"(?s)first failed with exit code 1; .*first\.log ends:.*no Parquet file there"
+    ):
         run_stages([Stage("first", gone), Stage("second", gone, ("first",))], tmp_path, 2, Console(quiet=True))
     assert not (tmp_path / "second.log").exists()
 

@@ -273,15 +273,16 @@ class MatchObjective(nn.Module):
         alike = contrast(image_BE.detach(), text_BE.detach(), pool.image_embeds, pool.text_embeds, heat)
         text_B = hard_negatives(alike.image_to_text, own, pool.image_ids, draws_2BM[0])
         image_B = hard_negatives(alike.text_to_image, own, pool.image_ids, draws_2BM[1])
-        # Each image with its own text and with another's: two texts an image, which read the same keys.
-        two_ids, two_mask = _side_by_side(ids_BL, batch.mask, pool.ids[text_B], pool.mask[text_B])
-        both_N2 = self.network.match(encoder(two_ids, two_mask, keys))
         if self.settings.across_ranks and _size() > 1:
             seen_MTD: Tensor = _GatheredWithGradient.apply(seen_BTD)  # type: ignore[no-untyped-call]
             other = encoder.look(seen_MTD[image_B])
         else:
             other = [Keys(layer.keys[image_B], layer.values[image_B]) for layer in keys]
         third_B2 = self.network.match(encoder(ids_BL, batch.mask, other))
+        # Each image with its own text and with another's: two texts an image, which read the same keys. Last, as it
+        # takes the most memory, which the way back then frees first.
+        two_ids, two_mask = _side_by_side(ids_BL, batch.mask, pool.ids[text_B], pool.mask[text_B])
+        both_N2 = self.network.match(encoder(two_ids, two_mask, keys))
         return itm_loss(torch.cat([both_N2[0::2], both_N2[1::2], third_B2]), rows)
 
 
@@ -300,8 +301,9 @@ class PretrainObjective(MatchObjective):
         """See MatchObjective."""
         seen_BTD = self.network.vision_model(batch.pixels)
         keys = self.network.text_encoder.look(seen_BTD)  # the decoder's too: cross-attention is shared
-        itc, itm = self._itc_and_itm(batch, seen_BTD, keys, alpha, noise)
+        # First, so that the way back comes to it last: ITM's activations are gone by then.
         lm = _caption_loss(self.network.text_decoder, batch, keys, self.tokens.dec, 0, self.smoothing)
+        itc, itm = self._itc_and_itm(batch, seen_BTD, keys, alpha, noise)
         return Losses(itc, itm, lm)
 
 

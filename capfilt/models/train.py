@@ -138,7 +138,7 @@ class Training:
         self.parameters = [p for p in inner.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.adam = torch.optim.AdamW(
-            self.parameters, lr=optimiser.lr, betas=optimiser.betas, weight_decay=optimiser.weight_decay
+            self.parameters, lr=optimiser.lr, betas=optimiser.betas, weight_decay=optimiser.weight_decay, fused=True
         )
         self.clock = Clock(0, steps_per_epoch, total)
         self.watch = Watch()
@@ -192,8 +192,10 @@ class Training:
             for name, loss in losses._asdict().items():
                 if loss is not None:
                     sums[name] = sums.get(name, torch.zeros((), device=loss.device)) + loss.detach() / len(batches)
-        limit = settings.clip_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if settings.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, settings.clip_norm, norm)
         means = gathered(torch.stack(list(sums.values()))[None]).mean(0)  # over ranks: all of them see what one sees
         metrics = dict(zip(sums, means.tolist(), strict=True))
         metrics |= {"gradient_norm": float(norm), "learning_rate": rate, "epoch": float(clock.epoch)}
