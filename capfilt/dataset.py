@@ -45,6 +45,7 @@ import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from deltalake.transaction import AddAction, RemoveAction
+from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from capfilt.errors import ConflictError, DatasetError
 from capfilt.schema import ANNOTATIONS, PAIRS, PROVENANCE, QUARANTINE, SHARD, table_schema
@@ -531,9 +532,12 @@ class CuratedDataset:
         return self._transaction
 
     def _read(self, table: str, version: int | None) -> Any:
-        if version is None:
-            return self._tables[table].to_pyarrow_dataset()
-        return self._at(table, version).to_pyarrow_dataset()
+        delta = self._tables[table] if version is None else self._at(table, version)
+        # Arrow's own file system where it can be: deltalake's calls Python from Arrow's threads, and one that does so
+        # while the interpreter ends takes the process down.
+        local = "://" not in self.output
+        files = SubTreeFileSystem(self._uri(table), LocalFileSystem()) if local else None
+        return delta.to_pyarrow_dataset(filesystem=files)
 
     def _at(self, table: str, version: int) -> DeltaTable:
         try:
