@@ -21,8 +21,6 @@ from capfilt.truth import Judge, read_truth
 Bools = npt.NDArray[np.bool_]
 
 _BY_THRESHOLD = Reason.BELOW_THRESHOLD
-_LATER = (Reason.DUPLICATE_TEXT, Reason.NOT_BEST)
-"""Dropped for another text's sake: no verdict of the filter on this one."""
 
 
 @dataclass(frozen=True, slots=True)

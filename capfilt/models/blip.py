@@ -79,10 +79,10 @@ class VisionEmbeddings(nn.Module):
     def __init__(self, config: BlipVisionConfig) -> None:
         super().__init__()
         width, patch = config.hidden_size, config.patch_size
-        self.grid = config.image_size // patch
+        grid = config.image_size // patch
         self.class_embedding = nn.Parameter(torch.zeros(1, 1, width))
         self.patch_embedding = nn.Conv2d(3, width, patch, stride=patch)
-        self.position_embedding = nn.Parameter(torch.zeros(1, self.grid**2 + 1, width))
+        self.position_embedding = nn.Parameter(torch.zeros(1, grid**2 + 1, width))
 
     def forward(self, pixels_BCSS: Tensor) -> Tensor:
         """[B, T, W]."""

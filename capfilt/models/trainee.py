@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -26,8 +26,10 @@ from capfilt.models.initial import initial_med
 from capfilt.models.med import CaptionObjective, MatchObjective, MatchSettings, Med, PretrainObjective, Tokens
 from capfilt.models.tokenizer import read_tokenizer, token_ids
 from capfilt.spec import (
+    CaptionerCard,
     Checkpoint,
     Contrast,
+    FilterCard,
     FinetuneCaptionerSpec,
     FinetuneFilterSpec,
     PretrainSpec,
@@ -35,6 +37,9 @@ from capfilt.spec import (
     load_card,
 )
 from capfilt.text import MAX_WORDS
+
+Card = TypeVar("Card", CaptionerCard, FilterCard)
+Network = TypeVar("Network", CaptioningNetwork, RetrievalNetwork)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,34 +101,34 @@ def _pretrain(spec: PretrainSpec, device: torch.device) -> Trainee:
 
 
 def _captioner(spec: FinetuneCaptionerSpec, device: torch.device) -> Trainee:
-    card = spec.start.model_copy(update={"image_size": spec.image_size, "dtype": "float32"})
-    loaded = checkpoints.load(card, str(device))
-    network = loaded.model.requires_grad_(True)
-    _check_length(spec, network)
-    _prepare(network, spec)
+    loaded = checkpoints.load(_to_train(spec.start, spec), str(device))
+    network = _prepared(loaded.model, spec)
     prompt = tuple(loaded.ids(spec.prompt))
     if len(prompt) + 3 > spec.max_tokens:
         raise SpecError(f"max_tokens: {spec.max_tokens} leave no room for a text after the prompt's {len(prompt)}")
     texts = Texts(loaded.tokenizer, loaded.cls, loaded.sep, loaded.pad, spec.max_tokens, prompt, MAX_WORDS)
     objective = CaptionObjective(network, Tokens(loaded.enc, loaded.dec), len(prompt), spec.smoothing)
-    return Trainee(objective, texts, checkpoints.locate(card.checkpoint, card.allow_pickle))
+    return Trainee(objective, texts, checkpoints.locate(spec.start.checkpoint, spec.start.allow_pickle))
 
 
 def _filter(spec: FinetuneFilterSpec, device: torch.device) -> Trainee:
-    card = spec.start.model_copy(update={"image_size": spec.image_size, "dtype": "float32"})
-    loaded = checkpoints.load(card, str(device))
-    network = loaded.model.requires_grad_(True)
-    _check_length(spec, network)
-    _prepare(network, spec)
+    loaded = checkpoints.load(_to_train(spec.start, spec), str(device))
+    network = _prepared(loaded.model, spec)
     texts = Texts(loaded.tokenizer, loaded.cls, loaded.sep, loaded.pad, spec.max_tokens, words=MAX_WORDS)
     generator = torch.Generator().manual_seed(spec.seed)
     tokens = Tokens(loaded.enc, loaded.dec)
     objective = MatchObjective(network, tokens, _settings(spec.contrast), generator).to(device)
-    return Trainee(objective, texts, checkpoints.locate(card.checkpoint, card.allow_pickle), spec.contrast)
+    return Trainee(objective, texts, checkpoints.locate(spec.start.checkpoint, spec.start.allow_pickle), spec.contrast)
 
 
-def _prepare(network: CaptioningNetwork | RetrievalNetwork, spec: FinetuneCaptionerSpec | FinetuneFilterSpec) -> None:
-    """Make a loaded network ready to be fine-tuned: positions of its new image size, dropout, checkpointing."""
+def _to_train(card: Card, spec: FinetuneCaptionerSpec | FinetuneFilterSpec) -> Card:
+    return card.model_copy(update={"image_size": spec.image_size, "dtype": "float32"})
+
+
+def _prepared(network: Network, spec: FinetuneCaptionerSpec | FinetuneFilterSpec) -> Network:
+    """A loaded network ready to be fine-tuned: positions of its new image size, dropout, checkpointing."""
+    network.requires_grad_(True)
+    _check_length(spec, network)
     _set_checkpointing(network, spec.checkpointing)
     vision = network.vision_model
     side = spec.image_size // network.config.vision_config.patch_size
@@ -138,6 +143,7 @@ def _prepare(network: CaptioningNetwork | RetrievalNetwork, spec: FinetuneCaptio
                 module.p = spec.dropout
             elif isinstance(module, TextAttention):
                 module.dropout = spec.dropout
+    return network
 
 
 def _settings(contrast: Contrast) -> MatchSettings:

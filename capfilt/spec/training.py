@@ -214,11 +214,7 @@ class PretrainSettings(TrainingSettings):
     smoothing: float = Field(default=0.1, ge=0, lt=1, description="Label smoothing of the LM loss.")
 
 
-class CaptionerSettings(TrainingSettings):
-    """How a captioner is fine-tuned (LM); the defaults are BLIP's for COCO and ViT-B (configs/caption_coco.yaml)."""
-
-    max_tokens: int = Field(default=40, ge=4, le=512, description="Longer texts are cut; special tokens are counted.")
-    epochs: float = Field(default=5, gt=0, description="Passes over the data.")
+class _FinetuneSettings(TrainingSettings):
     optimiser: FinetuneOptimiser = FinetuneOptimiser()
     augment: FinetuneAugment | None = Field(
         default=FinetuneAugment(), description="Null squashes whole images, as inference does."
@@ -227,25 +223,24 @@ class CaptionerSettings(TrainingSettings):
         default=None, ge=0, lt=1, description="Of the text transformer; the checkpoint's if not given. BLIP has 0.1."
     )
     drop_path: float = Field(default=0, ge=0, lt=1, description="Of the last vision layer; BLIP has 0.1 for ViT-L.")
+
+
+class CaptionerSettings(_FinetuneSettings):
+    """How a captioner is fine-tuned (LM); the defaults are BLIP's for COCO and ViT-B (configs/caption_coco.yaml)."""
+
+    max_tokens: int = Field(default=40, ge=4, le=512, description="Longer texts are cut; special tokens are counted.")
+    epochs: float = Field(default=5, gt=0, description="Passes over the data.")
     prompt: str = Field(
         default="a picture of ", max_length=200, description="Put before every text; no loss is taken on it."
     )
     smoothing: float = Field(default=0.1, ge=0, lt=1, description="Label smoothing of the LM loss.")
 
 
-class FilterSettings(TrainingSettings):
+class FilterSettings(_FinetuneSettings):
     """How a filter is fine-tuned (ITC + ITM); the defaults are BLIP's for COCO (configs/retrieval_coco.yaml)."""
 
     max_tokens: int = Field(default=35, ge=4, le=512, description="Longer texts are cut; special tokens are counted.")
     epochs: float = Field(default=6, gt=0, description="Passes over the data.")
-    optimiser: FinetuneOptimiser = FinetuneOptimiser()
-    augment: FinetuneAugment | None = Field(
-        default=FinetuneAugment(), description="Null squashes whole images, as inference does."
-    )
-    dropout: float | None = Field(
-        default=None, ge=0, lt=1, description="Of the text transformer; the checkpoint's if not given. BLIP has 0.1."
-    )
-    drop_path: float = Field(default=0, ge=0, lt=1, description="Of the last vision layer; BLIP has 0.1 for ViT-L.")
     contrast: FilterContrast = FilterContrast()
 
 
