@@ -283,6 +283,23 @@ def test_gradient_checkpointing_keeps_fewer_activations() -> None:
     assert kept[1] < 0.5 * kept[0]
 
 
+def test_no_feed_forward_keeps_its_hidden_states() -> None:
+    """Four times as wide as the rest, and cheap to have again."""
+    network, widths = CaptioningNetwork(tiny()), set[int]()
+    wide = {network.config.text_config.intermediate_size, network.config.vision_config.intermediate_size}
+
+    def pack(x: Tensor) -> Tensor:
+        if not isinstance(x if x._base is None else x._base, nn.Parameter):
+            widths.add(x.shape[-1])
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        look = network.text_decoder.bert.look(network.vision_model(pixels(3, 24)))
+        network.text_decoder.bert(ids(6, 5), image=look, causal=True)
+    assert widths
+    assert not widths & wide
+
+
 def test_drop_path_drops_whole_branches_of_images() -> None:
     config = tiny().vision_config
     layer = VisionLayer(config)

@@ -6,6 +6,7 @@ The arithmetic of the losses is that of tests/test_losses.py. Networks here have
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import pytest
@@ -574,6 +576,32 @@ def test_a_step_under_autocast_is_near_one_in_float32() -> None:
     assert rough.queue.images.dtype == torch.float32
     np.testing.assert_allclose(np.linalg.norm(double(rough.queue.images), axis=1), 1, rtol=1e-6)
     torch.testing.assert_close(rough.queue.texts, exact.queue.texts, rtol=0, atol=0.05)
+
+
+class Held:
+    """A tensor that the way back needs."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    def unpack(self) -> Tensor:
+        return self.tensor
+
+
+def test_the_contrast_keeps_no_candidates_for_the_way_back() -> None:
+    objective, every = objective_of(drawn(Med(config())), queue=7), WeakSet[Held]()
+
+    def pack(x: Tensor) -> Held:
+        every.add(held := Held(x))
+        return held
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, Held.unpack):
+        losses = step(objective, random_batch(*BATCH, 1), 0.3, seed=3)
+    gc.collect()
+    kept = [held.tensor.shape for held in every]
+    assert kept
+    assert not [shape for shape in kept if 4 + 7 in shape]
+    losses.total().backward()
 
 
 # transformers' modules, as the authors' code puts them together -------------------------------------------------------

@@ -110,8 +110,11 @@ class VisionLayer(nn.Module):
     def forward(self, x_BTW: Tensor) -> Tensor:
         """[B, T, W] to the same."""
         x_BTW = x_BTW + self._dropped(self._attend(self.layer_norm1(x_BTW)))
-        hidden = F.gelu(self.mlp["fc1"](self.layer_norm2(x_BTW)))
-        return x_BTW + self._dropped(self.mlp["fc2"](hidden))
+        return x_BTW + self._dropped(_again(self._feed_forward, x_BTW))
+
+    def _feed_forward(self, x_BTW: Tensor) -> Tensor:
+        out: Tensor = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.layer_norm2(x_BTW))))
+        return out
 
     def _attend(self, x_BTW: Tensor) -> Tensor:
         batch, tokens, width = x_BTW.shape
@@ -244,8 +247,12 @@ class TextLayer(nn.Module):
         x_NLD = self.attention(x_NLD, extend(*own) if extend else own, mask, causal)
         if image is not None:
             x_NLD = self.crossattention(x_NLD, image)
-        hidden = self.output["dense"](F.gelu(self.intermediate["dense"](x_NLD)))
+        hidden = _again(self._feed_forward, x_NLD)
         out: Tensor = self.output["LayerNorm"](self.drop(hidden) + x_NLD)
+        return out
+
+    def _feed_forward(self, x_NLD: Tensor) -> Tensor:
+        out: Tensor = self.output["dense"](F.gelu(self.intermediate["dense"](x_NLD)))
         return out
 
 
@@ -348,6 +355,17 @@ def _add_and_norm(config: BlipTextConfig, width: int) -> nn.ModuleDict:
 def _run(layer: nn.Module, *inputs: Any, again: bool) -> Tensor:
     """A layer's output; with `again`, its activations are computed once more on the way back instead of kept."""
     out: Tensor = checkpoint(layer, *inputs, use_reentrant=False) if again else layer(*inputs)
+    return out
+
+
+def _again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """A function's output; what it keeps for the way back is its inputs alone, and it is computed once more there.
+
+    For functions that draw nothing. Its last product is not computed again: nothing needs it.
+    """
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    out: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
     return out
 
 

@@ -10,7 +10,7 @@ S  side in pixels    T  image tokens    L  text tokens    D  width
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, cast
@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.utils.checkpoint import checkpoint
 from transformers import BlipConfig
 
 from capfilt.models.blip import CaptioningNetwork, Keys, RetrievalNetwork, TextDecoder, WordHead, unit_vectors
@@ -238,11 +239,15 @@ class MatchObjective(nn.Module):
         image_BE = network.embed_images(seen_BTD)
         text_BE = network.embed_texts(network.text_encoder(batch.ids, batch.mask))
         image_m_BE, text_m_BE = self.twin.embed(batch)
-        images_KE = torch.cat([image_m_BE, self.queue.images])
-        texts_KE = torch.cat([text_m_BE, self.queue.texts])
-        student = contrast(image_BE, text_BE, images_KE, texts_KE, self.temperature)
-        teacher = contrast(image_m_BE, text_m_BE, images_KE, texts_KE, self.temperature.detach())
-        itc = itc_loss(student, teacher, self._targets(batch.image_ids), alpha)
+
+        def loss(image_BE: Tensor, text_BE: Tensor, temperature: Tensor) -> Tensor:
+            images_KE = torch.cat([image_m_BE, self.queue.images])
+            texts_KE = torch.cat([text_m_BE, self.queue.texts])
+            student = contrast(image_BE, text_BE, images_KE, texts_KE, temperature)
+            teacher = contrast(image_m_BE, text_m_BE, images_KE, texts_KE, temperature.detach())
+            return itc_loss(student, teacher, self._targets(batch.image_ids), alpha)
+
+        itc = with_slopes_at_once(loss, image_BE, text_BE, self.temperature)
         itm = self._itm(batch, image_BE, text_BE, seen_BTD, keys, noise)
         self.queue.push(*(gathered(rows) for rows in (image_m_BE, text_m_BE, batch.image_ids)))
         return itc, itm
@@ -261,7 +266,7 @@ class MatchObjective(nn.Module):
         keys: Sequence[Keys],
         noise: torch.Generator,
     ) -> Tensor:
-        encoder, rows = self.network.text_encoder, len(batch.ids)
+        network, encoder, rows = self.network, self.network.text_encoder, len(batch.ids)
         ids_BL = with_first(batch.ids, self.tokens.enc)
         pool = _Pool(ids_BL, batch.mask, batch.image_ids, image_BE.detach(), text_BE.detach())
         if self.settings.across_ranks:
@@ -273,16 +278,22 @@ class MatchObjective(nn.Module):
         alike = contrast(image_BE.detach(), text_BE.detach(), pool.image_embeds, pool.text_embeds, heat)
         text_B = hard_negatives(alike.image_to_text, own, pool.image_ids, draws_2BM[0])
         image_B = hard_negatives(alike.text_to_image, own, pool.image_ids, draws_2BM[1])
-        if self.settings.across_ranks and _size() > 1:
-            seen_MTD: Tensor = _GatheredWithGradient.apply(seen_BTD)  # type: ignore[no-untyped-call]
-            other = encoder.look(seen_MTD[image_B])
-        else:
-            other = [Keys(layer.keys[image_B], layer.values[image_B]) for layer in keys]
-        third_B2 = self.network.match(encoder(ids_BL, batch.mask, other))
+        gathers = self.settings.across_ranks and _size() > 1
+        seen_MTD: Tensor | None = _GatheredWithGradient.apply(seen_BTD) if gathers else None  # type: ignore[no-untyped-call]
+
+        def third() -> Tensor:
+            """Each text with another's image."""
+            if seen_MTD is not None:
+                other = encoder.look(seen_MTD[image_B])
+            else:
+                other = [Keys(layer.keys[image_B], layer.values[image_B]) for layer in keys]
+            return network.match(encoder(ids_BL, batch.mask, other))
+
+        third_B2: Tensor = checkpoint(third, use_reentrant=False)  # its copies of keys are not kept
         # Each image with its own text and with another's: two texts an image, which read the same keys. Last, as it
         # takes the most memory, which the way back then frees first.
         two_ids, two_mask = _side_by_side(ids_BL, batch.mask, pool.ids[text_B], pool.mask[text_B])
-        both_N2 = self.network.match(encoder(two_ids, two_mask, keys))
+        both_N2 = network.match(encoder(two_ids, two_mask, keys))
         return itm_loss(torch.cat([both_N2[0::2], both_N2[1::2], third_B2]), rows)
 
 
@@ -326,6 +337,21 @@ class CaptionObjective(nn.Module):
         decoder = self.network.text_decoder
         keys = decoder.bert.look(self.network.vision_model(batch.pixels))
         return Losses(lm=_caption_loss(decoder, batch, keys, self.tokens.dec, self.prompt, self.smoothing))
+
+
+def with_slopes_at_once(loss: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """A loss of small inputs whose gradients are taken at once, so that nothing else of it is kept for the way back.
+
+    The contrast with the queue keeps all its candidates and logits otherwise: over 100 MiB at the published 57,600.
+    """
+    if not torch.is_grad_enabled():
+        return loss(*inputs)
+    own = [x.detach().requires_grad_() for x in inputs]
+    value = loss(*own)
+    slopes = torch.autograd.grad(value, own)
+    # Worth nothing, but with the loss's gradient.
+    zero = torch.stack([((x - x.detach()) * slope).sum() for x, slope in zip(inputs, slopes, strict=True)]).sum()
+    return value.detach() + zero
 
 
 def _caption_loss(
