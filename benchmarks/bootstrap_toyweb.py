@@ -5,7 +5,7 @@
 A seed draws everything anew: the web and its noise, the clean pairs, the test set, the initial weights, the order of
 the data, the captions. Each seed renders its web and runs the spec as a user would, with the command line; one that is
 done in `--runs` is not done again, and is not timed. Printed are the means over the seeds with the smallest and largest
-in brackets: R@1 is the mean of both ways by ITC among the 192 scenes; a caption is right if it names all four
+in brackets: R@1 is the mean of both ways by ITC among the 576 scenes; a caption is right if it names all four
 attributes of the picture and nothing else (greedy search).
 """
 

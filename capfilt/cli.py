@@ -278,10 +278,10 @@ def vacuum(
 @app.command()
 def toyweb(
     directory: Annotated[Path, typer.Argument(metavar="DIRECTORY", help="Gets web/, human/ and test/.")],
-    images: Annotated[int, typer.Option(help="Of the web.", min=1)] = 12_000,
-    noise: Annotated[float, typer.Option(help="Fraction of the web's texts.", min=0, max=1)] = 0.5,
-    human: Annotated[int, typer.Option(help="Clean pairs.", min=1)] = 2_000,
-    test: Annotated[int, typer.Option(help="Test pairs; 192 scenes are one set.", min=1)] = 384,
+    images: Annotated[int, typer.Option(help="Of the web.", min=1)] = 10_000,
+    noise: Annotated[float, typer.Option(help="Fraction of the web's texts.", min=0, max=1)] = 0.8,
+    human: Annotated[int, typer.Option(help="Clean pairs.", min=1)] = 4_000,
+    test: Annotated[int, typer.Option(help="Test pairs; 576 scenes are one set.", min=1)] = 576,
     shards: Annotated[int, typer.Option(help="Files of the web.", min=1)] = 8,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.", min=0)] = 0,
 ) -> None:

@@ -6,7 +6,7 @@
                                            ``disable_all_reencoding`` mode: the bytes as the web served them
     <directory>/truth.parquet              what img2dataset cannot know: one row per row, keyed by (shard, row)
 
-There are 192 scenes (2 sizes, 6 colours, 4 shapes, 4 backgrounds). No word names two attributes, so any caption, a
+There are 576 scenes (2 sizes, 9 colours, 4 shapes, 8 backgrounds). No word names two attributes, so any caption, a
 model's too, can be read back word by word and judged against the scene on record (``is_true``). To extend the grammar,
 add an entry to one of the tables below.
 """
@@ -80,12 +80,19 @@ COLOURS: dict[str, RGB] = {
     "yellow": (235, 210, 40),
     "purple": (130, 50, 160),
     "orange": (240, 130, 30),
+    "brown": (105, 50, 20),
+    "turquoise": (45, 190, 190),
+    "magenta": (225, 45, 160),
 }
 BACKGROUNDS: dict[str, RGB] = {
     "white": (236, 236, 236),
     "black": (20, 20, 20),
     "grey": (128, 128, 128),
     "pink": (246, 176, 200),
+    "cream": (246, 228, 170),
+    "lavender": (190, 176, 240),
+    "mint": (170, 232, 190),
+    "navy": (25, 35, 95),
 }
 
 
@@ -430,8 +437,8 @@ def render_clean(
 ) -> Web:
     """Write pairs as people would make them: every caption true and whole, every picture a plain JPEG in colour.
 
-    Scenes come in rounds, each in an order of its own: every 192 images from the first on show every scene once. So
-    192 images are a test set for retrieval in which each text has one image, and more are several such sets in a row.
+    Scenes come in rounds, each in an order of its own: every 576 images from the first on show every scene once. So
+    576 images are a test set for retrieval in which each text has one image, and more are several such sets in a row.
     An image has ``captions`` rows, one after the other in one shard, with equal url and sha256 and different templates.
     No picture is one of ``render``'s; human pairs and a test set need different seeds.
 

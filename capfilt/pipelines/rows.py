@@ -61,7 +61,7 @@ def rank_rows(
     """Rows after a place, epoch after epoch without end; None for one without an image or a text.
 
     Args:
-        wanted: how many are expected to be asked for; not many more are read at first.
+        wanted: how many usable rows are expected to be asked for; not many more are read at first.
 
     Raises:
         TrainingError: there are fewer groups than ranks.
@@ -69,21 +69,23 @@ def rank_rows(
         ray.exceptions.RayError: Ray lost what it was reading.
     """
     groups = _groups(data, rank, ranks, place)
+    usable = 1.0  # the fraction of the last window's rows that could be used
     while True:
         window: list[tuple[Place, Group]] = []
-        rows = 0
-        while len(window) < READERS or (len(window) < WINDOW and rows < wanted):
+        rows = good = 0
+        while len(window) < READERS or (len(window) < WINDOW and rows * usable < wanted):
             window.append(next(groups))
             rows += window[-1][1].rows
-        wanted -= rows
         with closing(_read([group for _, group in window], data.sources)) as read:
             for (start, group), pairs in zip(window, read, strict=True):
                 if len(pairs) != group.rows:
                     raise TrainingError(f"{group.parts[0].url}: {len(pairs)} rows where its footer promised others")
                 for number, pair in enumerate(pairs, start.row + 1):
                     here = Place(group.epoch, number)
+                    good += pair is not None
                     if here > place:
                         yield here, pair
+        wanted, usable = wanted - good, max(good, 1) / rows
 
 
 def _groups(data: Data, rank: int, ranks: int, place: Place) -> Iterator[tuple[Place, Group]]:
