@@ -27,7 +27,6 @@ _HEARING = {  # (network, cross-attention): gain, by trial
 _WORDS = """
 a an the of on in with and at by is are there this that it no two three one
 red green blue yellow purple orange white black grey pink brown dark bright
-turquoise magenta cream lavender mint navy
 circle square triangle cross star shape dot line
 small large big tiny background picture photo image drawing
 dog cat man woman child bird tree house car street sky water grass table wall field beach
