@@ -93,7 +93,7 @@ def list_parts(sources: Sequence[PairSource]) -> tuple[list[Part], dict[str, int
 
     Raises:
         DatasetError: a dataset or its version is not there.
-        InputError: files cannot be listed or read, or there are none.
+        InputError: files cannot be listed or read, or there are none; a weight leaves a source out.
     """
     parts: list[Part] = []
     versions: dict[str, int] = {}
@@ -113,6 +113,11 @@ def list_parts(sources: Sequence[PairSource]) -> tuple[list[Part], dict[str, int
                 found = _plain_parts(number, source, pool)
             if not found:
                 raise InputError(f"data.{number}: {source.dataset or 'the files of pairs'} hold no rows to train on")
+            if source.weight < 1 and not _rest(source.weight, len(found)):
+                raise InputError(
+                    f"data.{number}: weight {source.weight:g} of {len(found)} parts that are read together rounds to "
+                    f"none, so it would be left out; give it {0.51 / len(found):.2g} or more"
+                )
             parts += found
     return parts, versions
 
@@ -148,10 +153,15 @@ def epoch_groups(parts: Sequence[Part], sources: Sequence[PairSource], seed: int
         own = [part for part in parts if part.source == number]
         whole = int(source.weight)
         chosen += own * whole
-        chosen += rng.sample(own, round((source.weight - whole) * len(own)))
+        chosen += rng.sample(own, _rest(source.weight, len(own)))
     rng.shuffle(chosen)
     cuts = range(0, len(chosen), GROUP_PARTS)
     return [Group(epoch, tuple(chosen[n : n + GROUP_PARTS]), rng.getrandbits(63)) for n in cuts]
+
+
+def _rest(weight: float, parts: int) -> int:
+    """Parts that an epoch takes beyond whole passes over all of them."""
+    return round((weight - int(weight)) * parts)
 
 
 def share(groups: Sequence[Group], rank: int, ranks: int) -> list[Group]:

@@ -19,7 +19,7 @@ from rich.console import Console
 from capfilt.errors import SpecError, TrainingError
 from capfilt.models.tiny import write_tiny_pair
 from capfilt.pipelines.bootstrap import bootstrap, plan_stages
-from capfilt.pipelines.stages import Stage, StageError, run_stages
+from capfilt.pipelines.stages import Stage, StageError, _Running, run_stages, to_begin
 from capfilt.spec import BootstrapSpec, EvaluateSpec, Input, load_spec
 from capfilt.toyweb import render, render_clean
 
@@ -214,6 +214,39 @@ def evaluation(home: Path, name: str, **fields: Any) -> Any:
     }
     given = {"captioner": card, "pairs": Input(paths=(str(home / "test" / "shards"),)), "retrieval": None, **fields}
     return lambda: EvaluateSpec(kind="evaluate", output=str(home / name), **given)
+
+
+def test_stages_that_are_aside_let_the_others_by(home: Path) -> None:
+    """The loop of rounds is never late for the ablation: with three places, it has two whenever it can use them."""
+    stages = plan_stages(spec_in(home, "planned", rounds=2, ablation=True, parallel=3))
+    done: list[str] = []
+    running = to_begin(stages, done, [], 3)
+    begun = [[stage.name for stage in running]]
+    while running:
+        done.append(running[0].name)  # the first to begin ends first
+        running = running[1:]
+        new = to_begin(stages, done, running, 3)
+        begun.append([stage.name for stage in new])
+        running += new
+    assert sorted(done) == sorted(stage.name for stage in stages)
+    assert begun[:6] == [
+        ["round-0/model"],
+        ["round-0/evaluation", "round-1/captioner", "round-1/filter"],
+        [],
+        [],
+        ["round-1/curated", "round-1/unfiltered"],
+        ["round-1/model"],
+    ]
+    assert to_begin(stages, done[:1], [], 1)[0].name == "round-0/evaluation"
+
+
+def test_a_stage_that_is_aside_is_nice(home: Path, tmp_path: Path) -> None:
+    gone = evaluation(home, "gone", pairs=Input(paths=(str(home / "gone"),)))
+    for aside in (True, False):
+        one = _Running(Stage(f"aside-{aside}", gone, aside=aside), tmp_path, 1)
+        assert os.getpriority(os.PRIO_PROCESS, one._process.pid) == os.getpriority(os.PRIO_PROCESS, 0) + 10 * aside
+        one.stop()
+        one.wait()
 
 
 def test_a_stage_that_fails_is_named_with_its_last_words(home: Path, tmp_path: Path) -> None:

@@ -72,6 +72,16 @@ def test_weights_are_passes(weight: float, passes: int) -> None:
     assert all(len(group.parts) == GROUP_PARTS for group in groups[:-1])
 
 
+def test_a_weight_that_leaves_a_source_out(tmp_path: Path) -> None:
+    """0.5 of one part is rounded to none: nothing of the human pairs, say, would ever be seen."""
+    file = write_shard(tmp_path / "pairs.parquet", [jpeg(n) for n in range(3)], ["a", "b", "c"])
+    with pytest.raises(InputError, match=r"data\.1: weight 0\.3 of 1 parts .* give it 0\.51 or more"):
+        list_parts([plain(file), plain(file, weight=0.3)])
+    sources = [plain(file, weight=0.51)]
+    parts, _ = list_parts(sources)
+    assert [group.rows for group in epoch_groups(parts, sources, 0, 0)] == [3]
+
+
 def test_a_fraction_is_another_one_each_epoch() -> None:
     source = [PairSource(dataset="/d", weight=0.5)]
     seen = {frozenset(p.url for g in epoch_groups(made_up(40), source, 0, n) for p in g.parts) for n in range(3)}

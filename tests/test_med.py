@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import BlipConfig, BlipTextConfig, BlipVisionConfig
 
 from capfilt.errors import TrainingError
+from capfilt.models import blip
 from capfilt.models.blip import CaptioningNetwork, RetrievalNetwork, fill, initialise
 from capfilt.models.med import (
     Batch,
@@ -332,6 +333,25 @@ def test_gradients_reach_every_trainable_parameter(made: Any) -> None:
         assert parameter.grad.isfinite().all(), name
         if not name.endswith("key.bias"):  # a softmax does not see what is added to all its logits
             assert parameter.grad.abs().max() > 1e-6, name
+
+
+@pytest.mark.parametrize("made", [Med, RetrievalNetwork])
+def test_what_is_computed_again_gives_the_same_gradients(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With dropout, whose draws must come again: all of a small network's activations kept, or none of the large."""
+    dropout = config()
+    dropout.text_config.hidden_dropout_prob = dropout.text_config.attention_probs_dropout_prob = 0.2
+
+    def slopes() -> dict[str, Tensor]:
+        objective = objective_of(drawn(made(dropout)))
+        torch.manual_seed(0)
+        return gradients(objective, step(objective, random_batch(*BATCH, 1)).total())
+
+    kept = slopes()
+    monkeypatch.setattr(blip, "_WORTH_COMPUTING_AGAIN", 0)
+    again = slopes()
+    assert any(gradient.abs().max() > 0.01 for gradient in kept.values())
+    for name, gradient in kept.items():
+        torch.testing.assert_close(again[name], gradient, rtol=1e-5, atol=1e-6)
 
 
 # The twin -------------------------------------------------------------------------------------------------------------

@@ -29,6 +29,9 @@ TIED = {
 }
 """Second names of parameters, to their first; a checkpoint may have both or one."""
 
+_WORTH_COMPUTING_AGAIN = 2 * 2**20
+"""Bytes of activations; what takes less is kept for the way back: memory is not what a small network lacks."""
+
 
 class Keys(NamedTuple):
     """Keys and values of one attention: [B, H, T, E] each."""
@@ -99,7 +102,8 @@ class VisionLayer(nn.Module):
     def __init__(self, config: BlipVisionConfig) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
-        self.heads, self.dropout, self.drop_path = config.num_attention_heads, config.attention_dropout, 0.0
+        self.heads, self.hidden = config.num_attention_heads, config.intermediate_size
+        self.dropout, self.drop_path = config.attention_dropout, 0.0
         self.layer_norm1 = nn.LayerNorm(width, eps=eps)
         self.self_attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "projection": nn.Linear(width, width)})
         self.layer_norm2 = nn.LayerNorm(width, eps=eps)
@@ -110,7 +114,7 @@ class VisionLayer(nn.Module):
     def forward(self, x_BTW: Tensor) -> Tensor:
         """[B, T, W] to the same."""
         x_BTW = x_BTW + self._dropped(self._attend(self.layer_norm1(x_BTW)))
-        return x_BTW + self._dropped(_again(self._feed_forward, x_BTW))
+        return x_BTW + self._dropped(_feed(self._feed_forward, x_BTW, self.hidden))
 
     def _feed_forward(self, x_BTW: Tensor) -> Tensor:
         out: Tensor = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.layer_norm2(x_BTW))))
@@ -230,6 +234,7 @@ class TextLayer(nn.Module):
         super().__init__()
         self.attention = TextAttention(config, config.hidden_size)
         self.crossattention = TextAttention(config, config.encoder_hidden_size)
+        self.hidden = config.intermediate_size
         self.intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
         self.output = _add_and_norm(config, config.intermediate_size)
         self.drop = nn.Dropout(config.hidden_dropout_prob)
@@ -247,7 +252,7 @@ class TextLayer(nn.Module):
         x_NLD = self.attention(x_NLD, extend(*own) if extend else own, mask, causal)
         if image is not None:
             x_NLD = self.crossattention(x_NLD, image)
-        hidden = _again(self._feed_forward, x_NLD)
+        hidden = _feed(self._feed_forward, x_NLD, self.hidden)
         out: Tensor = self.output["LayerNorm"](self.drop(hidden) + x_NLD)
         return out
 
@@ -358,15 +363,24 @@ def _run(layer: nn.Module, *inputs: Any, again: bool) -> Tensor:
     return out
 
 
-def _again(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def again(function: Callable[..., Tensor], *inputs: Tensor, kept: int, draws: bool = False) -> Tensor:
     """A function's output; what it keeps for the way back is its inputs alone, and it is computed once more there.
 
-    For functions that draw nothing. Its last product is not computed again: nothing needs it.
+    Its last product is not computed again: nothing needs it.
+
+    Args:
+        kept: bytes it would keep otherwise; where they are few, it does.
+        draws: random numbers, as dropout does.
     """
-    if not torch.is_grad_enabled():
+    if kept < _WORTH_COMPUTING_AGAIN or not torch.is_grad_enabled():
         return function(*inputs)
-    out: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
+    out: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
     return out
+
+
+def _feed(function: Callable[[Tensor], Tensor], x_NLD: Tensor, width: int) -> Tensor:
+    """A feed-forward layer of a hidden width."""
+    return again(function, x_NLD, kept=x_NLD.nbytes // x_NLD.shape[-1] * width)
 
 
 class WordHead(nn.Module):

@@ -19,10 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
-from torch.utils.checkpoint import checkpoint
 from transformers import BlipConfig
 
-from capfilt.models.blip import CaptioningNetwork, Keys, RetrievalNetwork, TextDecoder, WordHead, unit_vectors
+from capfilt.models.blip import CaptioningNetwork, Keys, RetrievalNetwork, TextDecoder, WordHead, again, unit_vectors
 from capfilt.models.losses import (
     contrast,
     hard_negatives,
@@ -289,7 +288,8 @@ class MatchObjective(nn.Module):
                 other = [Keys(layer.keys[image_B], layer.values[image_B]) for layer in keys]
             return network.match(encoder(ids_BL, batch.mask, other))
 
-        third_B2: Tensor = checkpoint(third, use_reentrant=False)  # its copies of keys are not kept
+        copied = sum(part.nbytes for layer in keys for part in layer)
+        third_B2 = again(third, kept=copied, draws=True)  # its copies of keys are not kept
         # Each image with its own text and with another's: two texts an image, which read the same keys. Last, as it
         # takes the most memory, which the way back then frees first.
         two_ids, two_mask = _side_by_side(ids_BL, batch.mask, pool.ids[text_B], pool.mask[text_B])

@@ -131,8 +131,8 @@ class _Plan:
         if spec.ablation:
             self._ablation()
 
-    def _add(self, name: str, make: Callable[[], RunSpec], *needs: str) -> str:
-        self.stages.append(Stage(name, make, needs))
+    def _add(self, name: str, make: Callable[[], RunSpec], *needs: str, aside: bool = False) -> str:
+        self.stages.append(Stage(name, make, needs, aside))
         return name
 
     def _round(self, number: int, start: str) -> str:
@@ -155,7 +155,7 @@ class _Plan:
         """Table 1's other settings, with round 1's captioner and filter."""
         curated, captioner, judge = (f"round-1/{name}" for name in ("curated", "captioner", "filter"))
         filtered = PairSource(dataset=self._path(curated), texts=("web",))
-        model = self._add("round-1/model-F", lambda: self._pretrain("round-1/model-F", filtered), curated)
+        model = self._add("round-1/model-F", lambda: self._pretrain("round-1/model-F", filtered), curated, aside=True)
         self._evaluate(1, FILTERED, "round-1", model, None)
         everything = ThresholdsOverride(web=0, synthetic=0)
         unfiltered = self._add(
@@ -163,15 +163,18 @@ class _Plan:
             lambda: self._curate("round-1/unfiltered", captioner, judge, everything),
             captioner,
             judge,
+            aside=True,
         )
         captioned = PairSource(dataset=self._path(unfiltered))
-        model = self._add("round-1/model-C", lambda: self._pretrain("round-1/model-C", captioned), unfiltered)
+        model = self._add(
+            "round-1/model-C", lambda: self._pretrain("round-1/model-C", captioned), unfiltered, aside=True
+        )
         self._evaluate(1, CAPTIONED, "round-1", model, None)
 
     def _evaluate(self, number: int, setting: str, here: str, model: str, curated: str | None) -> None:
         name = f"{here}/evaluation" + ("" if setting in (NONE, BOTH) else f"-{setting}")
         needs = [stage for stage in (model, curated) if stage]
-        self._add(name, lambda: self._evaluation(name, model, curated), *needs)
+        self._add(name, lambda: self._evaluation(name, model, curated), *needs, aside=True)
         self.evaluations.append((number, setting, name))
 
     # --- the spec of each stage ---

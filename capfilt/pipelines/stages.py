@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -21,6 +21,7 @@ from capfilt.spec import RunSpec
 _LOOK_SECONDS = 0.2
 _STOP_SECONDS = 30.0
 _TAIL_LINES = 15
+_ASIDE_NICENESS = 10
 
 
 @dataclass(frozen=True)
@@ -31,11 +32,13 @@ class Stage:
         name: a relative path.
         make: its spec; called when all that it needs is done.
         needs: names of other stages.
+        aside: no other stage is late for want of it. It takes what others leave of the cores.
     """
 
     name: str
     make: Callable[[], RunSpec]
     needs: tuple[str, ...] = ()
+    aside: bool = False
 
 
 class StageError(CapfiltError):
@@ -47,7 +50,7 @@ def run_stages(stages: Sequence[Stage], directory: Path, parallel: int, console:
 
     Args:
         directory: for each stage's spec, log and, once it is done, outcome.
-        parallel: stages at a time.
+        parallel: stages at a time; half of them may be aside, or one.
 
     Returns:
         Seconds of each stage, in the attempt that finished it.
@@ -65,13 +68,9 @@ def run_stages(stages: Sequence[Stage], directory: Path, parallel: int, console:
     running: dict[str, _Running] = {}
     try:
         while len(seconds) < len(stages):
-            ready = (s for s in stages if s.name not in seconds and s.name not in running)
-            for stage in ready:
-                if len(running) >= parallel:
-                    break
-                if all(need in seconds for need in stage.needs):
-                    running[stage.name] = _Running(stage, directory, threads)
-                    _say(console, f"{stage.name}: begins")
+            for stage in to_begin(stages, seconds, [one.stage for one in running.values()], parallel):
+                running[stage.name] = _Running(stage, directory, threads)
+                _say(console, f"{stage.name}: begins")
             if not running:
                 raise StageError(f"stages wait for each other: {[s.name for s in stages if s.name not in seconds]}")
             time.sleep(_LOOK_SECONDS)
@@ -86,6 +85,26 @@ def run_stages(stages: Sequence[Stage], directory: Path, parallel: int, console:
         for one in running.values():
             one.wait()
     return seconds
+
+
+def to_begin(stages: Sequence[Stage], done: Container[str], running: Sequence[Stage], parallel: int) -> list[Stage]:
+    """The stages to begin now.
+
+    Args:
+        stages: the first that can begin does.
+        done: names.
+        parallel: as :func:`run_stages`'s.
+    """
+    now = list(running)
+    for stage in stages:
+        aside = sum(one.aside for one in now)
+        if len(now) >= parallel:
+            break
+        if stage.name in done or stage in now or (stage.aside and aside >= max(1, parallel // 2)):
+            continue
+        if all(need in done for need in stage.needs):
+            now.append(stage)
+    return now[len(running) :]
 
 
 def _say(console: Console, line: str) -> None:
@@ -111,6 +130,8 @@ class _Running:
                 env={"OMP_NUM_THREADS": str(threads), **os.environ},
                 start_new_session=True,  # Ctrl-C is ours to pass on
             )
+        if stage.aside:  # what it starts inherits it
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, _ASIDE_NICENESS)
         assert self._process.stdin is not None
         self._pipe: IO[bytes] = self._process.stdin
 
