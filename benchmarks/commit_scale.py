@@ -65,8 +65,8 @@ def make_spec(root: Path) -> CurateSpec:
         kind="curate",
         input=Input(paths=(str(root / "in"),)),
         output=str(root / "out"),
-        captioner=CaptionerCard(role="captioner", **card),
-        filter=FilterCard(role="filter", **card),
+        captioners=(CaptionerCard(role="captioner", **card),),
+        filters=(FilterCard(role="filter", **card),),
     )
 
 

@@ -121,10 +121,10 @@ class Nothing:
         return [[(0.9, 0.3)] * len(row) for row in texts]
 
 
-def load_nothing(spec: CurateSpec, _device: str) -> tuple[Nothing, Nothing]:
+def load_nothing(spec: CurateSpec, _device: str) -> tuple[list[Nothing], list[Nothing]]:
     """Make the models; leaves a mark of when."""
     Path(spec.output).with_name(_LOADED).touch()
-    return Nothing(), Nothing()
+    return [Nothing()], [Nothing()]
 
 
 def make_spec(folder: Path, arguments: argparse.Namespace) -> CurateSpec:
@@ -143,8 +143,8 @@ def make_spec(folder: Path, arguments: argparse.Namespace) -> CurateSpec:
         kind="curate",
         input=Input(paths=(str(folder / "in"),)),
         output=str(folder / "out"),
-        captioner=CaptionerCard(role="captioner", name="nothing", **card),
-        filter=FilterCard(role="filter", name="nothing", **card),
+        captioners=(CaptionerCard(role="captioner", name="nothing", **card),),
+        filters=(FilterCard(role="filter", name="nothing", **card),),
         fragment_rows=arguments.fragment_rows,
     )
 

@@ -69,7 +69,7 @@ SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="A run spec (YAML
 Overrides = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="PATH=VALUE", help="Set a field of the spec, e.g. captioner.batch_size=8. Repeatable."
+        "--set", metavar="PATH=VALUE", help="Set a field of the spec, e.g. captioners.0.batch_size=8. Repeatable."
     ),
 ]
 Output = Annotated[
@@ -161,7 +161,7 @@ def _checked(loaded: RunSpec) -> Iterator[str]:
         inputs, layout = _check_input(loaded.input, loaded.output)
         yield inputs
         yield f"columns: image={layout.image} text={layout.text} url={layout.url} key={layout.key}"
-        yield from _check_cards(loaded.captioner, loaded.filter)
+        yield from _check_cards(*loaded.cards.values())
         prints = run_fingerprints(loaded)
         yield f"fingerprints: caption {prints.caption}, score {prints.score}, decide {prints.decide}"
     elif isinstance(loaded, BootstrapSpec):

@@ -1,17 +1,33 @@
 """Scores and thresholds -> kept texts and reasons. Pure functions of numbers; no model, no file.
 
 BLIP section 3.3: the filter judges each text alone and drops it when the ITM head says unmatched. So an image keeps its
-web text, a synthetic text, both or neither.
+web text, a synthetic text, both or neither. Several filters judge by the mean of their probabilities, or by a vote.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from capfilt.schema import Reason, Source, Status
-from capfilt.spec import Thresholds
+from capfilt.spec import Decision, Keep, Thresholds
+
+
+@dataclass(frozen=True, slots=True)
+class FilterScore:
+    """What one filter thinks of a text; both numbers as the tables hold them (:func:`as_stored`).
+
+    Attributes:
+        filter: name of its card.
+        itm: P(match) in [0, 1].
+        itc: cosine similarity in [-1, 1].
+    """
+
+    filter: str
+    itm: float
+    itc: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,37 +36,64 @@ class Text:
 
     Attributes:
         text: as it came, or None for a null web text.
-        clean: what the filter read (capfilt.text.clean); empty where nothing was left.
-        candidate: 0 for the web text, 0..k-1 for synthetic ones.
-        itm: P(match) in [0, 1]; None where not scored.
-        itc: cosine similarity in [-1, 1]; None where not scored.
+        clean: what the filters read (capfilt.text.clean); empty where nothing was left.
+        candidate: 0 for the web text, 0..k-1 for those of one captioner.
+        captioner: name of the card whose model wrote it; None for the web text.
+        scores: of all filters, in the spec's order; empty where not scored.
     """
 
     source: Source
     candidate: int
     text: str | None
     clean: str
-    itm: float | None = None
-    itc: float | None = None
+    captioner: str | None = None
+    scores: tuple[FilterScore, ...] = ()
     kept: bool = False
     reason: Reason | None = Reason.NOT_SCORED
 
+    @property
+    def itm(self) -> float | None:
+        """The filters' mean P(match), as stored, in [0, 1]; None where not scored."""
+        return _mean([score.itm for score in self.scores])
 
-def decide(texts: Sequence[Text], thresholds: Thresholds) -> list[Text]:
+    @property
+    def itc(self) -> float | None:
+        """The filters' mean cosine similarity, as stored, in [-1, 1]; None where not scored."""
+        return _mean([score.itc for score in self.scores])
+
+
+def as_stored(number: float) -> float:
+    """Rounded to float32, as the tables hold scores: so a later threshold decides alike."""
+    return float(np.float32(number))
+
+
+def _mean(numbers: Sequence[float]) -> float | None:
+    if len(numbers) < 2:
+        return numbers[0] if numbers else None
+    return as_stored(sum(numbers) / len(numbers))
+
+
+def decide(texts: Sequence[Text], thresholds: Sequence[Thresholds], decision: Decision, keep: Keep) -> list[Text]:
     """Judge every text of one image.
 
-    A text is kept when its ITM probability is at least its source's threshold. Of several synthetic candidates only the
-    best is kept (ties: the lowest candidate). A text equal after clean-up to one already kept is a duplicate.
+    A text matches by `mean` when its mean ITM probability is at least its source's threshold; by `vote` when more than
+    half of the filters say so, each by its own probability and threshold. Texts that match are ranked: the web's, then
+    the synthetic ones by falling mean. One equal after clean-up to a text kept before it is a duplicate. Of the
+    synthetic ones that are left, `best` keeps the first, `all-above-threshold` each.
 
     Args:
-        texts: in any order; every text that is not empty after clean-up has its scores.
+        texts: the web's, then each captioner's in order: of equal scores the first wins. Every text that is not empty
+            after clean-up has its scores.
+        thresholds: one for `mean`; for `vote` one for each filter, in the order of the scores.
 
     Returns:
         The same texts in the same order, each with `kept` and `reason`.
 
     Raises:
-        ValueError: a score is missing or not a number in [0, 1].
+        ValueError: a score is missing or not a number in [0, 1], or there are not as many thresholds as needed.
     """
+    for text in texts:
+        _check(text)
     verdicts = list(texts)
     kept: set[str] = set()
     best = False  # a synthetic text has been kept
@@ -59,27 +102,38 @@ def decide(texts: Sequence[Text], thresholds: Thresholds) -> list[Text]:
         reason: Reason | None = None
         if not text.clean:
             reason = Reason.EMPTY_TEXT
-        elif text.itm is None or not 0 <= text.itm <= 1 or math.isnan(text.itm):
-            raise ValueError(f"ITM score {text.itm!r} is not a probability")
-        elif text.itm < (thresholds.web if text.source is Source.WEB else thresholds.synthetic):
+        elif not _matches(text, thresholds, decision):
             reason = Reason.BELOW_THRESHOLD
         elif text.clean in kept:
             reason = Reason.DUPLICATE_TEXT
-        elif text.source is Source.SYNTHETIC and best:
+        elif text.source is Source.SYNTHETIC and best and keep == "best":
             reason = Reason.NOT_BEST
         else:
             kept.add(text.clean)
             best = best or text.source is Source.SYNTHETIC
-        verdicts[i] = Text(
-            text.source, text.candidate, text.text, text.clean, text.itm, text.itc, reason is None, reason
-        )
+        verdicts[i] = replace(text, kept=reason is None, reason=reason)
     return verdicts
 
 
-def _rank(text: Text) -> tuple[bool, float, int]:
-    """Web first, then synthetic by falling score, then by candidate."""
-    score = -1.0 if text.itm is None or math.isnan(text.itm) else text.itm
-    return (text.source is Source.SYNTHETIC, -score, text.candidate)
+def _check(text: Text) -> None:
+    if text.clean and not text.scores:
+        raise ValueError("a text that is not empty has no ITM score")
+    for score in text.scores:
+        if not 0 <= score.itm <= 1:
+            raise ValueError(f"{score.filter}: ITM score {score.itm!r} is not a probability")
+
+
+def _matches(text: Text, thresholds: Sequence[Thresholds], decision: Decision) -> bool:
+    """Whether the filters say that a text matches its image."""
+    numbers = [text.itm] if decision == "mean" else [score.itm for score in text.scores]
+    own = [one.web if text.source is Source.WEB else one.synthetic for one in thresholds]
+    ayes = sum(number is not None and number >= least for number, least in zip(numbers, own, strict=True))
+    return 2 * ayes > len(numbers)  # of one, the mean: that one
+
+
+def _rank(text: Text) -> tuple[bool, float]:
+    """Web first, then synthetic by falling score; equal ones stay in order."""
+    return (text.source is Source.SYNTHETIC, -(text.itm or 0.0))
 
 
 def row_outcome(texts: Sequence[Text]) -> tuple[Status, Reason | None]:
@@ -92,7 +146,7 @@ def row_outcome(texts: Sequence[Text]) -> tuple[Status, Reason | None]:
 
 
 def best_text(texts: Sequence[Text]) -> Text:
-    """The kept text with the highest ITM score; the web text wins a tie.
+    """The kept text with the highest mean ITM score; the web text wins a tie, then the first.
 
     Raises:
         ValueError: no text is kept.
@@ -100,4 +154,4 @@ def best_text(texts: Sequence[Text]) -> Text:
     kept = [text for text in texts if text.kept]
     if not kept:
         raise ValueError("no text is kept")
-    return min(kept, key=lambda text: (-(text.itm or 0.0), text.source is Source.SYNTHETIC, text.candidate))
+    return min(kept, key=lambda text: (-(text.itm or 0.0), text.source is Source.SYNTHETIC))

@@ -21,7 +21,7 @@ class Sample:
 
     Attributes:
         kind: of the web text.
-        texts: (source, text, ITM score, whether it was kept, whether it is true).
+        texts: (source, text, mean ITM score, whether it was kept, whether it is true).
     """
 
     kind: TextKind

@@ -40,9 +40,9 @@ class Fingerprints:
     """What made a row's columns, 16 hex digits each. A stage is stale where its fingerprint differs.
 
     Attributes:
-        caption: captioner weights, prompt, sampling, preprocessing, image column.
-        score: caption, filter weights and how it reads a text, text column.
-        decide: score, thresholds and rules, columns that are recorded.
+        caption: of each captioner in order weights, prompt and image size; sampling, preprocessing, image column.
+        score: caption, of each filter in order weights and how it reads a text, text column.
+        decide: score, thresholds, how filters decide together, which texts stay, columns that are recorded.
     """
 
     caption: str
@@ -53,17 +53,23 @@ class Fingerprints:
 def run_fingerprints(spec: CurateSpec) -> Fingerprints:
     """The three fingerprints of a run. Reads local checkpoints whole (about 1 GB/s).
 
-    Not in them: batch size, placement, fragment size, quarantine, names, paths. They change no row's result.
+    Not in them: batch size, placement, fragment size, quarantine, names, paths. They change no row's result. (The names
+    are recorded with texts and scores: a shard keeps those that its cards had when it was curated.)
 
     Raises:
         CheckpointError: as :func:`fingerprint`.
     """
     caption = _digest(
         code=CAPTION_CODE,
-        weights=fingerprint(spec.captioner.checkpoint),
-        prompt=spec.captioner.prompt,
-        image_size=spec.captioner.image_size,
-        dtype=spec.captioner.dtype,
+        captioners=[
+            {
+                "weights": fingerprint(card.checkpoint),
+                "prompt": card.prompt,
+                "image_size": card.image_size,
+                "dtype": card.dtype,
+            }
+            for card in spec.captioners
+        ],
         sampling=spec.sampling.model_dump(mode="json"),
         max_pixels=spec.images.max_pixels,
         max_bytes=spec.images.max_bytes,
@@ -72,17 +78,24 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
     score = _digest(
         code=SCORE_CODE,
         caption=caption,
-        weights=fingerprint(spec.filter.checkpoint),
-        first_token=spec.filter.first_token,
-        max_tokens=spec.filter.max_tokens,
-        image_size=spec.filter.image_size,
-        dtype=spec.filter.dtype,
+        filters=[
+            {
+                "weights": fingerprint(card.checkpoint),
+                "first_token": card.first_token,
+                "max_tokens": card.max_tokens,
+                "image_size": card.image_size,
+                "dtype": card.dtype,
+            }
+            for card in spec.filters
+        ],
         text_column=spec.input.columns.text,
     )
     decide = _digest(
         code=DECIDE_CODE,
         score=score,
-        thresholds=spec.effective_thresholds.model_dump(mode="json"),
+        thresholds=[own.model_dump(mode="json") for own in spec.effective_thresholds],
+        decision=spec.decision,
+        keep=spec.keep,
         recorded_columns=[spec.input.columns.url, spec.input.columns.key],
     )
     return Fingerprints(caption, score, decide)

@@ -18,9 +18,9 @@ class Why(StrEnum):
 
     NEW = "new"
     INPUT = "input changed"
-    CAPTION = "captioner, sampling or preprocessing changed"
-    SCORE = "filter changed"
-    DECIDE = "thresholds changed"
+    CAPTION = "captioners, sampling or preprocessing changed"
+    SCORE = "filters changed"
+    DECIDE = "thresholds or rules changed"
 
 
 @dataclass(frozen=True)

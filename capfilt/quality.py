@@ -1,4 +1,4 @@
-"""How good a filter was: its decisions in a curated dataset, where the truth of the texts is known."""
+"""How good the filters were: their decisions in a curated dataset, where the truth of the texts is known."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class SourceQuality:
     Attributes:
         texts: not empty after clean-up.
         judged: of these, those whose truth is known.
-        scored: of the judged, those that the filter read.
+        scored: of the judged, those that the filters read.
         kept: of the scored.
         noise_of_all: untrue, of all judged, also of those on unusable images.
         noise_before: untrue, of the scored.
         noise_after: untrue, of the kept.
-        roc_auc: of the ITM scores: the chance that a true text outscores an untrue one.
-        average_precision: of the ITM scores.
+        roc_auc: of the mean ITM scores: the chance that a true text outscores an untrue one.
+        average_precision: of the mean ITM scores.
         precision: true, of the kept.
         recall: kept, of the true that were kept or dropped by the threshold.
         false_positive_rate: kept, of the untrue that were kept or dropped by the threshold.
@@ -83,7 +83,7 @@ class _Texts:
     """Judged texts; N of them.
 
     Attributes:
-        score_N: ITM, NaN where not scored.
+        score_N: mean ITM, NaN where not scored.
         decided_N: kept, or dropped by the threshold.
     """
 
@@ -98,7 +98,7 @@ class _Texts:
 
 
 def measure_quality(quality: Quality) -> DatasetQuality:
-    """Compare what a filter kept with what is true. Reads two columns of the annotations.
+    """Compare what the filters kept with what is true. Reads two columns of the annotations.
 
     Raises:
         DatasetError: there is no dataset.

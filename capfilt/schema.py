@@ -36,7 +36,7 @@ class Reason(StrEnum):
 
     # rows: dropped
     NO_IMAGE = "no_image"  # the row came without an image (a failed download, say)
-    NO_TEXT = "no_text"  # nothing to judge: no web text, and the captioner wrote nothing
+    NO_TEXT = "no_text"  # nothing to judge: no web text, and the captioners wrote nothing
     NO_MATCH = "no_match"  # texts were judged, none was kept
     # rows: errors
     EMPTY_IMAGE = "empty_image"  # zero bytes
@@ -45,14 +45,14 @@ class Reason(StrEnum):
     CORRUPT_IMAGE = "corrupt_image"  # the header promises what the data do not hold
     TOO_MANY_PIXELS = "too_many_pixels"  # the header claims more than images.max_pixels, or decoding it is a bomb
     TOO_MANY_BYTES = "too_many_bytes"  # the encoded image is larger than images.max_bytes
-    MODEL_ERROR = "model_error"  # the captioner or filter raised on this row alone
+    MODEL_ERROR = "model_error"  # a captioner or filter raised on this row alone
     WORKER_DIED = "worker_died"  # the row killed its worker, twice, alone
     UNREADABLE_ROW = "unreadable_row"  # the input file's pages holding this row cannot be read
     # texts
-    BELOW_THRESHOLD = "below_threshold"  # the ITM head says unmatched
+    BELOW_THRESHOLD = "below_threshold"  # the ITM head says unmatched: the filters' mean, or half of their votes
     EMPTY_TEXT = "empty_text"  # null, or nothing is left after clean-up
     DUPLICATE_TEXT = "duplicate_text"  # the same, after clean-up, as a text of this image judged before it
-    NOT_BEST = "not_best"  # above the threshold, but another candidate scored higher
+    NOT_BEST = "not_best"  # above the threshold, but another synthetic text scored higher; under `keep: best`
     NOT_SCORED = "not_scored"  # the row is an error or has no image
 
 
@@ -63,20 +63,35 @@ QUARANTINE = "quarantine"
 SHARD = "shard"
 """The partition column: in the Delta log and the directory names, not in the files."""
 
+SCORE_STRUCT = pa.struct(
+    [
+        pa.field("filter", pa.string()),  # name of the model card
+        pa.field("itm", pa.float32()),  # P(match) in [0, 1]
+        pa.field("itc", pa.float32()),  # cosine similarity in [-1, 1]
+    ]
+)
+
 TEXT_STRUCT = pa.struct(
     [
         pa.field("source", pa.string()),  # Source
-        pa.field("candidate", pa.int32()),  # 0 for web; 0..k-1 for synthetic
+        pa.field("captioner", pa.string()),  # name of the model card, null for web
+        pa.field("candidate", pa.int32()),  # 0 for web; 0..k-1 for each captioner
         pa.field("text", pa.string()),  # as it came; clean-up is applied for scoring only
-        pa.field("itm", pa.float32()),  # P(match) in [0, 1], null where not scored
-        pa.field("itc", pa.float32()),  # cosine similarity in [-1, 1], null where not scored
+        pa.field("itm", pa.float32()),  # mean of the filters', null where not scored
+        pa.field("itc", pa.float32()),  # mean of the filters', null where not scored
+        pa.field("scores", pa.list_(SCORE_STRUCT)),  # of each filter, in the spec's order; empty where not scored
         pa.field("kept", pa.bool_()),
         pa.field("reason", pa.string()),  # Reason, null where kept
     ]
 )
 
 CAPTION_STRUCT = pa.struct(
-    [pa.field("text", pa.string()), pa.field("source", pa.string()), pa.field("itm", pa.float32())]
+    [
+        pa.field("text", pa.string()),
+        pa.field("source", pa.string()),
+        pa.field("captioner", pa.string()),
+        pa.field("itm", pa.float32()),
+    ]
 )
 
 _IDENTITY = [
@@ -102,9 +117,7 @@ ANNOTATION_FILE_SCHEMA = pa.schema(
         pa.field("reason", pa.string()),  # Reason, null where kept
         pa.field("detail", pa.string()),  # of an error, one line for a person; null unless an error
         pa.field("note", pa.string()),  # what the input says of a missing image (img2dataset's status and error)
-        pa.field("texts", pa.list_(TEXT_STRUCT)),  # every text: web first, then candidates in order
-        pa.field("captioner", pa.string()),  # name of the model card
-        pa.field("filter", pa.string()),
+        pa.field("texts", pa.list_(TEXT_STRUCT)),  # every text: web first, then each captioner's candidates, in order
         pa.field("seed", pa.int64()),
         pa.field("caption_fingerprint", pa.string()),
         pa.field("score_fingerprint", pa.string()),

@@ -1,4 +1,4 @@
-"""Caption clean-up, BLIP's own. What the filter reads; the text as it came is kept beside it."""
+"""Caption clean-up, BLIP's own. What filters read; the text as it came is kept beside it."""
 
 from __future__ import annotations
 

@@ -64,10 +64,10 @@ def make_spec(tmp_path: Path) -> MakeSpec:
             "kind": "curate",
             "input": Input(paths=(str(tmp_path / "in"),)),
             "output": str(tmp_path / "out"),
-            "captioner": CaptionerCard(
-                role="captioner", name="stub-captioner", checkpoint=local, image_size=16, batch_size=8
+            "captioners": (
+                CaptionerCard(role="captioner", name="stub-captioner", checkpoint=local, image_size=16, batch_size=8),
             ),
-            "filter": FilterCard(role="filter", name="stub-filter", checkpoint=local, image_size=16, batch_size=8),
+            "filters": (FilterCard(role="filter", name="stub-filter", checkpoint=local, image_size=16, batch_size=8),),
             "fragment_rows": 40,
         }
         return CurateSpec(**{**defaults, **fields})

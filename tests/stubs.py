@@ -1,4 +1,4 @@
-"""Models that cost nothing and depend on the image alone, for tests and benchmarks of everything around the models."""
+"""Models that cost nothing and depend on card and image alone, for tests of everything around the models."""
 
 from __future__ import annotations
 
@@ -9,39 +9,38 @@ from collections.abc import Sequence
 
 import torch
 
-from capfilt.spec import CurateSpec
+from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, Sampling
 
 POISON = "kill the worker"
 
 
 class HashCaptioner:
-    """Captions from the image's hash and the seed: stable, different for different images."""
+    """Captions from the image's hash, the card's name and the seed: stable, different for different images."""
 
-    image_size = 16
-
-    def __init__(self, spec: CurateSpec) -> None:
-        self._sampling = spec.sampling
+    def __init__(self, card: CaptionerCard, sampling: Sampling) -> None:
+        self.image_size, self._name = card.image_size, card.name
+        self._candidates, self._seed = range(sampling.candidates), sampling.seed
 
     def caption(self, images_BCHW: torch.Tensor, sha256: Sequence[str]) -> list[list[str]]:
         assert images_BCHW.shape == (len(sha256), 3, self.image_size, self.image_size)
         return [
-            [f"picture {digest[:6]} {k} of seed {self._sampling.seed}" for k in range(self._sampling.candidates)]
+            [f"picture {digest[:6]} {k} by {self._name}, seed {self._seed}" for k in self._candidates]
             for digest in sha256
         ]
 
 
 class HashFilter:
-    """Scores from a hash of the text and the picture's mean: uniform over [0, 1], reproducible to the bit."""
+    """Scores from a hash of card's name, text and pixels: uniform over [0, 1], reproducible to the bit."""
 
-    image_size = 16
+    def __init__(self, card: FilterCard) -> None:
+        self.image_size, self._name = card.image_size, card.name
 
     def score(self, images_BCHW: torch.Tensor, texts: Sequence[Sequence[str]]) -> list[list[tuple[float, float]]]:
-        assert len(images_BCHW) == len(texts)
+        assert images_BCHW.shape == (len(texts), 3, self.image_size, self.image_size)
         return [[self._score(image, text) for text in row] for image, row in zip(images_BCHW, texts, strict=True)]
 
-    @staticmethod
-    def _score(image: torch.Tensor, text: str) -> tuple[float, float]:
-        data = text.encode() + bytes(image.flatten()[:64].tolist())
+    def _score(self, image: torch.Tensor, text: str) -> tuple[float, float]:
+        data = f"{self._name}/{text}".encode() + bytes(image.flatten()[:64].tolist())
         number = int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "big") / 2**32
         return number, 2 * number - 1
 
@@ -81,22 +80,29 @@ class LosesDeviceFilter(HashFilter):
         return super().score(images_BCHW, texts)
 
 
-def load_loses_device(spec: CurateSpec, _device: str) -> tuple[HashCaptioner, HashFilter]:
-    return HashCaptioner(spec), LosesDeviceFilter()
+Models = tuple[list[HashCaptioner], list[HashFilter]]
 
 
-def load_dies(_spec: CurateSpec, _device: str) -> tuple[HashCaptioner, HashFilter]:
+def _models(spec: CurateSpec, kind: type[HashFilter]) -> Models:
+    return [HashCaptioner(card, spec.sampling) for card in spec.captioners], [kind(card) for card in spec.filters]
+
+
+def load_hash(spec: CurateSpec, _device: str) -> Models:
+    return _models(spec, HashFilter)
+
+
+def load_poison(spec: CurateSpec, _device: str) -> Models:
+    return _models(spec, PoisonFilter)
+
+
+def load_raising(spec: CurateSpec, _device: str) -> Models:
+    return _models(spec, RaisingFilter)
+
+
+def load_loses_device(spec: CurateSpec, _device: str) -> Models:
+    return _models(spec, LosesDeviceFilter)
+
+
+def load_dies(_spec: CurateSpec, _device: str) -> Models:
     os.kill(os.getpid(), signal.SIGKILL)
     raise AssertionError("dead")
-
-
-def load_hash(spec: CurateSpec, _device: str) -> tuple[HashCaptioner, HashFilter]:
-    return HashCaptioner(spec), HashFilter()
-
-
-def load_poison(spec: CurateSpec, _device: str) -> tuple[HashCaptioner, HashFilter]:
-    return HashCaptioner(spec), PoisonFilter()
-
-
-def load_raising(spec: CurateSpec, _device: str) -> tuple[HashCaptioner, HashFilter]:
-    return HashCaptioner(spec), RaisingFilter()

@@ -45,7 +45,7 @@ def spec(tmp_path: Path) -> Path:
         (tmp_path / f"{role}.yaml").write_text(card)
     path = tmp_path / "run.yaml"
     path.write_text(
-        "kind: curate\ninput: {paths: data}\noutput: out\ncaptioner: captioner.yaml\nfilter: filter.yaml\n"
+        "kind: curate\ninput: {paths: data}\noutput: out\ncaptioners: [captioner.yaml]\nfilters: [filter.yaml]\n"
         "sampling: {min_tokens: 2, max_tokens: 6}\nfragment_rows: 20\n"
     )
     return path
@@ -76,7 +76,7 @@ def test_a_user_goes_through_every_command(spec: Path) -> None:
     assert "2 shards, 120 rows" in state.stdout
     assert capfilt("status", spec).stdout == state.stdout
     assert "up to date" in capfilt("plan", spec).stdout
-    assert "thresholds changed" in capfilt("plan", spec, "--set", "thresholds.web=0.9").stdout
+    assert "thresholds or rules changed" in capfilt("plan", spec, "--set", "thresholds.web=0.9").stdout
     assert "nothing to do: 2 shards" in capfilt("run", spec).stdout
     swept = capfilt("vacuum", spec.parent / "out", "--hours", "0")
     assert swept.returncode == 0, swept.stderr
@@ -90,7 +90,7 @@ def test_a_user_goes_through_every_command(spec: Path) -> None:
         (["run", "nowhere.yaml"], 2, "nowhere.yaml: no such file"),
         (["run", "run.yaml", "--set", "fragment_row=3"], 2, "did you mean fragment_rows?"),
         (["run", "run.yaml", "--set", "input.paths=[elsewhere]"], 1, "elsewhere: no such file or directory"),
-        (["run", "run.yaml", "--set", "captioner.checkpoint.path=gone"], 1, "gone"),
+        (["run", "run.yaml", "--set", "captioners.0.checkpoint.path=gone"], 1, "gone"),
         (["status", "nowhere"], 1, "nowhere"),
         (["status", "data"], 1, "data"),
         (["status", "a%20b"], 2, "a%20b: no % may be in it"),
@@ -136,6 +136,25 @@ def test_check_looks_for_hub_checkpoints_in_the_cache(spec: Path, monkeypatch: p
     assert "o/captioner at aaaaaaaaaaaa is in the cache in part" in capfilt("check", spec).stdout
 
 
+def test_check_looks_at_every_card(spec: Path) -> None:
+    for role in ("captioner", "filter"):
+        card = (spec.parent / f"{role}.yaml").read_text()
+        (spec.parent / f"other-{role}.yaml").write_text(card.replace(f"name: {role}", f"name: other-{role}"))
+    lists = (
+        "--set",
+        "captioners=[captioner.yaml, other-captioner.yaml]",
+        "--set",
+        "filters=[filter.yaml, other-filter.yaml]",
+    )
+    checked = capfilt("check", spec, *lists)
+    assert checked.returncode == 0, checked.stderr
+    for name in ("captioner captioner", "captioner other-captioner", "filter filter", "filter other-filter"):
+        assert f"\n{name}: found in " in checked.stdout
+    wrong = capfilt("check", spec, *lists, "--set", "filters.1.image_size=36")
+    assert wrong.returncode == 2, wrong.stderr
+    assert "other-filter: image_size 36 is not a multiple of the patch size 8" in wrong.stderr
+
+
 def pickled(models: Path) -> None:
     (models / "captioner" / "model.safetensors").rename(models / "captioner" / "pytorch_model.bin")
 
@@ -151,8 +170,8 @@ def swapped(models: Path) -> None:
     ("harm", "override", "code", "message"),
     [
         (swapped, [], 1, "a captioner is a BlipForConditionalGeneration; this is a BlipForImageTextRetrieval"),
-        (None, ["captioner.image_size=30"], 2, "captioner: image_size 30 is not a multiple of the patch size 8"),
-        (None, ["filter.image_size=36"], 2, "filter: image_size 36 is not a multiple of the patch size 8"),
+        (None, ["captioners.0.image_size=30"], 2, "captioner: image_size 30 is not a multiple of the patch size 8"),
+        (None, ["filters.0.image_size=36"], 2, "filter: image_size 36 is not a multiple of the patch size 8"),
         (pickled, [], 1, "pytorch_model.bin: a pickle, which the card does not allow"),
     ],
 )
@@ -189,9 +208,9 @@ def test_a_mistyped_input_leaves_nothing_at_the_output(spec: Path) -> None:
 
 
 def test_what_a_worker_finds_wrong_with_the_spec_is_said_as_such(spec: Path) -> None:
-    done = capfilt("run", spec, "--set", "filter.max_tokens=512")
+    done = capfilt("run", spec, "--set", "filters.0.max_tokens=512")
     assert done.returncode == 2, done.stderr
-    assert "\ncapfilt: filter.max_tokens: 512 tokens, but " in f"\n{done.stderr}"
+    assert "\ncapfilt: filter filter: filter.max_tokens: 512 tokens, but " in f"\n{done.stderr}"
     for elsewhere in ("00000-", "Traceback", "what Ray had to say"):  # no fragment's, worker's or Ray's doing
         assert elsewhere not in done.stderr
 
@@ -271,9 +290,9 @@ def test_a_sick_run_exits_3(spec: Path) -> None:
 
 
 def test_an_actor_that_does_not_fit_is_refused_at_once(spec: Path) -> None:
-    done = capfilt("run", spec, "--set", "captioner.placement={gpus: 1}")
+    done = capfilt("run", spec, "--set", "captioners.0.placement={gpus: 1}")
     assert done.returncode == 1
-    assert "an actor needs 1 GPU and this machine has 0" in done.stderr
+    assert "an actor needs 1 GPU and this machine has 0; lower captioners.0.placement.gpus, or join" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])

@@ -67,11 +67,11 @@ fragment_rows: 25
 sampling: {candidates: 2}
 max_error_fraction: 0.3
 ray: {num_cpus: 2}
-captioner:
-  {role: captioner, name: tiny-captioner, checkpoint: {path: models/captioner}, image_size: 32, batch_size: 8,
+captioners:
+- {role: captioner, name: tiny-captioner, checkpoint: {path: models/captioner}, image_size: 32, batch_size: 8,
    placement: {cpus: 0.5, max_actors: 2}}
-filter:
-  {role: filter, name: tiny-filter, checkpoint: {path: models/filter}, image_size: 32, batch_size: 64,
+filters:
+- {role: filter, name: tiny-filter, checkpoint: {path: models/filter}, image_size: 32, batch_size: 64,
    placement: {cpus: 0.5}}
 """
 
@@ -259,8 +259,8 @@ def settings(rng: random.Random) -> list[str]:
     """How a start differs from the last: actors, batch, fragments."""
     fewest, most = rng.choice([(1, 1), (1, 2), (2, 2)])
     return [
-        f"captioner.placement={{cpus: 0.5, min_actors: {fewest}, max_actors: {most}}}",
-        f"captioner.batch_size={rng.choice([2, 8, 8, 16])}",
+        f"captioners.0.placement={{cpus: 0.5, min_actors: {fewest}, max_actors: {most}}}",
+        f"captioners.0.batch_size={rng.choice([2, 8, 8, 16])}",
         f"fragment_rows={rng.choice([10, 25, 25, 40, 70])}",
     ]
 

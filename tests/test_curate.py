@@ -36,8 +36,8 @@ def run(spec: CurateSpec, load: Any = load_hash, execute: Execute | None = in_pr
 
 def on(actors: int, batch: int, spec: CurateSpec) -> CurateSpec:
     placement = Placement(cpus=0.5, min_actors=actors, max_actors=actors)
-    card = spec.captioner.model_copy(update={"placement": placement, "batch_size": batch})
-    return spec.model_copy(update={"captioner": card})
+    card = spec.captioners[0].model_copy(update={"placement": placement, "batch_size": batch})
+    return spec.model_copy(update={"captioners": (card,)})
 
 
 def comparable(output: str) -> list[dict[str, Any]]:
@@ -259,7 +259,15 @@ def test_a_changed_file_is_redone_and_only_that(make_spec: MakeSpec, web: Path) 
 
 
 @pytest.mark.usefixtures("web")
-@pytest.mark.parametrize("change", [{"sampling": Sampling(seed=1)}, {"thresholds": Thresholds(web=0.9, synthetic=0.1)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sampling": Sampling(seed=1)},
+        {"thresholds": Thresholds(web=0.9, synthetic=0.1)},
+        {"sampling": Sampling(candidates=3), "keep": "all-above-threshold"},
+    ],
+    ids=str,
+)
 def test_a_changed_knob_is_redone(make_spec: MakeSpec, change: dict[str, Any], tmp_path: Path) -> None:
     run(make_spec())
     summary = run(make_spec(**change))

@@ -29,6 +29,16 @@ from capfilt.schema import ANNOTATIONS, FILE_SCHEMAS, PAIRS, QUARANTINE, Reason,
 
 KEPT, DROPPED, ERROR = Status.KEPT, Status.DROPPED, Status.ERROR
 REASON = {KEPT: None, DROPPED: str(Reason.NO_MATCH), ERROR: str(Reason.CORRUPT_IMAGE)}
+TEXT = {
+    "source": "web",
+    "captioner": None,
+    "candidate": 0,
+    "text": "a",
+    "itm": 0.5,
+    "itc": None,
+    "scores": [{"filter": "f", "itm": 0.5, "itc": None}],
+    "kept": True,
+}
 _attempts: Iterator[int] = iter(range(10**9))
 
 
@@ -62,10 +72,10 @@ def write_shard(
                 "status": str(status),
                 "reason": REASON[status],
                 "detail": "why" if status is ERROR else None,
-                "texts": [{"source": "web", "candidate": 0, "text": "a", "itm": 0.5, "itc": None, "kept": True}],
+                "texts": [TEXT],
                 "image": b"bytes",
                 "text": "a",
-                "captions": [{"text": "a", "source": "web", "itm": 0.75}],
+                "captions": [{"text": "a", "source": "web", "captioner": None, "itm": 0.75}],
                 **vars(provenance(run, mark)),
             }
             for i, status in part

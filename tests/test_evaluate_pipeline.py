@@ -432,8 +432,9 @@ class GuessingCaptioner(HashCaptioner):
         return [[f"a {colour} thing" for colour in some] for some in colours]
 
 
-def load_guessing(spec: CurateSpec, _device: str) -> tuple[HashCaptioner, HashFilter]:
-    return GuessingCaptioner(spec), HashFilter()
+def load_guessing(spec: CurateSpec, _device: str) -> tuple[list[HashCaptioner], list[HashFilter]]:
+    captioners: list[HashCaptioner] = [GuessingCaptioner(card, spec.sampling) for card in spec.captioners]
+    return captioners, [HashFilter(card) for card in spec.filters]
 
 
 @pytest.fixture

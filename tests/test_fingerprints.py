@@ -27,34 +27,29 @@ from capfilt.spec import (
 REVISION = "0" * 40
 
 
+def card(role: str, name: str, **fields: Any) -> dict[str, Any]:
+    checkpoint = {"hub": f"owner/{name}", "revision": REVISION}
+    return {"role": role, "name": name, "checkpoint": checkpoint, "image_size": 384, **fields}
+
+
 def spec_data() -> dict[str, Any]:
     return {
         "kind": "curate",
         "input": {"paths": ["/in"]},
         "output": "/out",
-        "captioner": {
-            "role": "captioner",
-            "name": "c",
-            "checkpoint": {"hub": "owner/captioner", "revision": REVISION},
-            "image_size": 384,
-        },
-        "filter": {
-            "role": "filter",
-            "name": "f",
-            "checkpoint": {"hub": "owner/filter", "revision": REVISION},
-            "image_size": 384,
-        },
+        "captioners": [card("captioner", "c")],
+        "filters": [card("filter", "f")],
     }
 
 
 def prints(**changes: Any) -> Fingerprints:
-    """Fingerprints of the spec above with some fields set, `a__b` for a.b."""
+    """Fingerprints of the spec above with some fields set, `a__0__b` for a.0.b."""
     data = spec_data()
     for path, value in changes.items():
-        node = data
+        node: Any = data
         *parents, last = path.split("__")
         for parent in parents:
-            node = node.setdefault(parent, {})
+            node = node[int(parent)] if isinstance(node, list) else node.setdefault(parent, {})
         node[last] = value
     return run_fingerprints(CurateSpec.model_validate(data))
 
@@ -63,10 +58,10 @@ ALL, SCORE, DECIDE, NONE = ("caption", "score", "decide"), ("score", "decide"), 
 OTHER = {"hub": "owner/captioner", "revision": "1" * 40}
 
 CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
-    ("captioner__checkpoint", OTHER, ALL),
-    ("captioner__prompt", "", ALL),
-    ("captioner__image_size", 224, ALL),
-    ("captioner__dtype", "bfloat16", ALL),
+    ("captioners__0__checkpoint", OTHER, ALL),
+    ("captioners__0__prompt", "", ALL),
+    ("captioners__0__image_size", 224, ALL),
+    ("captioners__0__dtype", "bfloat16", ALL),
     ("sampling__candidates", 2, ALL),
     ("sampling__top_p", 0.95, ALL),
     ("sampling__top_k", 50, ALL),
@@ -77,24 +72,28 @@ CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("sampling__seed", 1, ALL),
     ("images__max_pixels", 1000, ALL),
     ("images__max_bytes", 1000, ALL),
-    ("filter__checkpoint", OTHER, SCORE),
-    ("filter__first_token", "[CLS]", SCORE),
-    ("filter__max_tokens", 30, SCORE),
-    ("filter__image_size", 224, SCORE),
-    ("filter__dtype", "bfloat16", SCORE),
-    ("filter__thresholds", {"web": 0.4}, DECIDE),
+    ("filters__0__checkpoint", OTHER, SCORE),
+    ("filters__0__first_token", "[CLS]", SCORE),
+    ("filters__0__max_tokens", 30, SCORE),
+    ("filters__0__image_size", 224, SCORE),
+    ("filters__0__dtype", "bfloat16", SCORE),
+    ("filters__0__thresholds", {"web": 0.4}, DECIDE),
     ("thresholds", {"web": 0.4}, DECIDE),
     ("thresholds", {"synthetic": 0.4}, DECIDE),
-    ("captioner__name", "other", NONE),
-    ("captioner__batch_size", 1, NONE),
-    ("captioner__placement", {"cpus": 3, "max_actors": 2}, NONE),
-    ("captioner__licence", "mit", NONE),
-    ("captioner__allow_pickle", True, NONE),
-    ("filter__name", "other", NONE),
-    ("filter__batch_size", 1, NONE),
-    ("filter__placement", {"gpus": 1}, NONE),
-    ("filter__licence", "mit", NONE),
-    ("filter__allow_pickle", True, NONE),
+    ("captioners", [card("captioner", "c"), card("captioner", "d")], ALL),
+    ("filters", [card("filter", "f"), card("filter", "g")], SCORE),
+    ("decision", "vote", DECIDE),
+    ("keep", "all-above-threshold", DECIDE),
+    ("captioners__0__name", "other", NONE),
+    ("captioners__0__batch_size", 1, NONE),
+    ("captioners__0__placement", {"cpus": 3, "max_actors": 2}, NONE),
+    ("captioners__0__licence", "mit", NONE),
+    ("captioners__0__allow_pickle", True, NONE),
+    ("filters__0__name", "other", NONE),
+    ("filters__0__batch_size", 1, NONE),
+    ("filters__0__placement", {"gpus": 1}, NONE),
+    ("filters__0__licence", "mit", NONE),
+    ("filters__0__allow_pickle", True, NONE),
     ("images__quarantine_bytes", 0, NONE),
     ("fragment_rows", 7, NONE),
     ("max_error_fraction", 0.5, NONE),
@@ -118,8 +117,8 @@ def test_what_a_field_makes_stale(field: str, value: Any, stale: tuple[str, ...]
 @pytest.mark.parametrize(
     ("prefix", "model", "constant"),
     [
-        ("captioner__", CaptionerCard, {"role"}),
-        ("filter__", FilterCard, {"role"}),
+        ("captioners__0__", CaptionerCard, {"role"}),
+        ("filters__0__", FilterCard, {"role"}),
         ("sampling__", Sampling, set()),
         ("images__", Images, set()),
         ("input__columns__", Columns, set()),
@@ -142,9 +141,31 @@ def test_form() -> None:
 
 def test_thresholds_written_out_are_the_defaults() -> None:
     assert prints(thresholds={"web": 0.5, "synthetic": 0.5}) == prints()
-    assert prints(thresholds=Thresholds(), filter__thresholds={"web": 0.1}) == prints()
+    assert prints(thresholds=Thresholds(), filters__0__thresholds={"web": 0.1}) == prints()
     card = {"web": 0.6, "synthetic": 0.7}
-    assert prints(thresholds={"web": 0.6}, filter__thresholds=card) == prints(filter__thresholds=card)
+    assert prints(thresholds={"web": 0.6}, filters__0__thresholds=card) == prints(filters__0__thresholds=card)
+
+
+def test_the_order_of_models_counts() -> None:
+    """Of captioners for ties, of filters for the order of scores; not what the cards are called."""
+    two = [card("captioner", "c"), card("captioner", "d")]
+    one, other = prints(captioners=two), prints(captioners=two[::-1])
+    assert one.caption != other.caption
+    judges = [card("filter", "f"), card("filter", "g")]
+    one, other = prints(filters=judges), prints(filters=judges[::-1])
+    assert (one.caption, one.score == other.score) == (other.caption, False)
+    renamed = [{**card, "name": card["name"] * 2} for card in judges]
+    assert prints(filters=renamed) == one
+
+
+def test_thresholds_of_several_filters() -> None:
+    """The mean has one threshold, a vote each filter's."""
+    low, high = (card("filter", name, thresholds={"web": web}) for name, web in (("f", 0.25), ("g", 0.75)))
+    even = [card("filter", name) for name in "fg"]
+    assert prints(filters=[low, high]) == prints(filters=even)
+    assert prints(filters=[low, high], decision="vote").decide != prints(filters=even, decision="vote").decide
+    own = {"web": 0.5, "synthetic": 0.5}
+    assert prints(filters=[low, high], decision="vote", thresholds=own) == prints(filters=even, decision="vote")
 
 
 def test_needs_no_torch() -> None:

@@ -16,6 +16,7 @@ from capfilt.spec import (
     HubCheckpoint,
     LocalCheckpoint,
     PairSource,
+    Placement,
     Thresholds,
     Workers,
     load_card,
@@ -36,7 +37,7 @@ def spec_file(tmp_path: Path) -> Path:
     path.parent.mkdir()
     path.write_text(
         "kind: curate\ninput: {paths: ../data}\noutput: out\n"
-        "captioner: ../cards/captioner.yaml\nfilter: ../cards/filter.yaml\n"
+        "captioners: [../cards/captioner.yaml]\nfilters: [../cards/filter.yaml]\n"
     )
     return path
 
@@ -45,7 +46,7 @@ def test_paths_resolve_against_the_file_they_are_written_in(spec_file: Path, tmp
     spec = load_spec(spec_file)
     assert spec.input.paths == (str(tmp_path / "data"),)
     assert spec.output == str(tmp_path / "specs" / "out")
-    assert spec.captioner.checkpoint == LocalCheckpoint(path=str(tmp_path / "cards" / "ckpt"))
+    assert spec.captioners[0].checkpoint == LocalCheckpoint(path=str(tmp_path / "cards" / "ckpt"))
 
 
 def test_urls_stay(spec_file: Path) -> None:
@@ -59,20 +60,20 @@ def test_file_urls_are_paths(spec_file: Path, tmp_path: Path) -> None:
     card = CARD.format(role="filter").replace("path: ckpt", "path: file:///models/f")
     (tmp_path / "cards" / "filter.yaml").write_text(card)
     overrides = ["input.paths=['file:///data/../in', 'file://localhost/b', local:///c]", "output=file:///out/"]
-    spec = load_spec(spec_file, [*overrides, f"captioner=file://{tmp_path}/cards/captioner.yaml"])
+    spec = load_spec(spec_file, [*overrides, f"captioners.0=file://{tmp_path}/cards/captioner.yaml"])
     assert spec.input.paths == ("/in", "/b", "/c")
     assert spec.output == "/out"
-    assert spec.filter.checkpoint == LocalCheckpoint(path="/models/f")
-    assert spec.captioner.checkpoint == LocalCheckpoint(path=str(tmp_path / "cards" / "ckpt"))
-    assert load_spec(spec_file, ["captioner.checkpoint.path=file:///m"]).captioner.checkpoint.path == "/m"  # type: ignore[union-attr]
+    assert spec.filters[0].checkpoint == LocalCheckpoint(path="/models/f")
+    assert spec.captioners[0].checkpoint == LocalCheckpoint(path=str(tmp_path / "cards" / "ckpt"))
+    assert load_spec(spec_file, ["captioners.0.checkpoint.path=file:///m"]).captioners[0].checkpoint.path == "/m"
 
 
 def test_a_card_in_a_home_directory(spec_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "cards" / "filter.yaml").write_text(CARD.format(role="filter").replace("path: ckpt", "path: ~/f"))
-    spec = load_spec(spec_file, ["captioner=~/cards/captioner.yaml"])
-    assert spec.captioner.name == "captioner"
-    assert spec.filter.checkpoint == LocalCheckpoint(path=str(tmp_path / "f"))
+    spec = load_spec(spec_file, ["captioners.0=~/cards/captioner.yaml"])
+    assert spec.captioners[0].name == "captioner"
+    assert spec.filters[0].checkpoint == LocalCheckpoint(path=str(tmp_path / "f"))
 
 
 @pytest.mark.parametrize("output", ["a%20b", "a%b/c", "s3://bucket/a%2Fb", "file:///a%20b"])
@@ -87,34 +88,96 @@ def test_a_percent_sign_in_the_output_is_refused(spec_file: Path, output: str) -
 def test_set_names_a_card_by_path(spec_file: Path, tmp_path: Path) -> None:
     other = CARD.format(role="captioner").replace("name: captioner", "name: other")
     (tmp_path / "cards" / "other.yaml").write_text(other + "batch_size: 5\n")
-    named = "captioner=../cards/other.yaml"
-    before = load_spec(spec_file, ["captioner.batch_size=3", named]).captioner
-    after = load_spec(spec_file, [named, "captioner.batch_size=3"]).captioner
+    named = "captioners.0=../cards/other.yaml"
+    (before,) = load_spec(spec_file, ["captioners.0.batch_size=3", named]).captioners
+    (after,) = load_spec(spec_file, [named, "captioners.0.batch_size=3"]).captioners
     assert (before.name, before.batch_size) == ("other", 5)
     assert (after.name, after.batch_size) == ("other", 3)
     assert after.checkpoint == LocalCheckpoint(path=str(tmp_path / "cards" / "ckpt"))
     with pytest.raises(SpecError, match=r"gone.yaml: no such file"):
-        load_spec(spec_file, ["filter=gone.yaml"])
+        load_spec(spec_file, ["filters.0=gone.yaml"])
     (tmp_path / "cards" / "captioner.yaml").unlink()
-    assert load_spec(spec_file, [named]).captioner.name == "other"  # the spec's own is not needed
+    assert load_spec(spec_file, [named]).captioners[0].name == "other"  # the spec's own is not needed
 
 
 def test_a_threshold_not_given_is_the_cards(spec_file: Path, tmp_path: Path) -> None:
     with (tmp_path / "cards" / "filter.yaml").open("a") as card:
         card.write("thresholds: {web: 0.6, synthetic: 0.7}\n")
-    assert load_spec(spec_file).effective_thresholds == Thresholds(web=0.6, synthetic=0.7)
+    assert load_spec(spec_file).effective_thresholds == (Thresholds(web=0.6, synthetic=0.7),)
     web = load_spec(spec_file, ["thresholds.web=0.9"])
-    assert web.effective_thresholds == Thresholds(web=0.9, synthetic=0.7)
+    assert web.effective_thresholds == (Thresholds(web=0.9, synthetic=0.7),)
     both = load_spec(spec_file, ["thresholds={web: 0, synthetic: null}"])
-    assert both.effective_thresholds == Thresholds(web=0, synthetic=0.7)
+    assert both.effective_thresholds == (Thresholds(web=0, synthetic=0.7),)
     assert CurateSpec.model_validate(web.model_dump(mode="json")) == web
 
 
+def several(spec_file: Path, role: str, **fields: str) -> None:
+    """Cards `a`, `b`, ... of a role beside the spec, each with fields of its own (`name=value` lines), in its list."""
+    for name, extra in fields.items():
+        card = CARD.format(role=role).replace(f"name: {role}", f"name: {name}")
+        (spec_file.parent / f"{name}.yaml").write_text(card + extra)
+    listed = f"{role}s: [{', '.join(f'{name}.yaml' for name in fields)}]"
+    spec_file.write_text(spec_file.read_text().replace(f"{role}s: [../cards/{role}.yaml]", listed))
+
+
+def test_cards_in_lists(spec_file: Path, tmp_path: Path) -> None:
+    """Each by its path or inline, opened relative to the spec, its checkpoint relative to its own file."""
+    several(spec_file, "captioner", a="batch_size: 4\n", b="batch_size: 9\nplacement: {gpus: 1, max_actors: 3}\n")
+    several(spec_file, "filter", c="batch_size: 5\nplacement: {cpus: 2, min_actors: 2, max_actors: 2}\n")
+    spec = load_spec(spec_file, ["captioners.1.batch_size=128", "captioners.0=../cards/captioner.yaml"])
+    assert [(card.name, card.batch_size) for card in spec.captioners] == [("captioner", 16), ("b", 128)]
+    assert spec.captioners[0].checkpoint == LocalCheckpoint(path=str(tmp_path / "cards" / "ckpt"))
+    assert spec.captioners[1].checkpoint == LocalCheckpoint(path=str(tmp_path / "specs" / "ckpt"))
+    assert list(spec.cards) == ["captioners.0", "captioners.1", "filters.0"]
+    assert spec.batch_size == 5
+    assert spec.placement == Placement(gpus=1, cpus=2, min_actors=2, max_actors=3)
+    inline = "{role: captioner, name: d, image_size: 32, checkpoint: {path: here}}"
+    spec = load_spec(spec_file, [f"captioners=[a.yaml, {inline}]", "captioners.1.checkpoint.path=there"])
+    assert [card.name for card in spec.captioners] == ["a", "d"]
+    assert spec.captioners[1].checkpoint == LocalCheckpoint(path=str(tmp_path / "specs" / "there"))
+    assert CurateSpec.model_validate(spec.model_dump(mode="json")) == spec
+
+
+def test_set_reaches_into_every_list(spec_file: Path) -> None:
+    spec = load_spec(spec_file, ["input.paths=[a, b]", "input.paths.1=s3://bucket/c"])
+    assert spec.input.paths == (str(spec_file.parent / "a"), "s3://bucket/c")
+
+
+def test_cards_of_one_name_are_refused(spec_file: Path) -> None:
+    several(spec_file, "filter", a="", b="")
+    assert [card.name for card in load_spec(spec_file).filters] == ["a", "b"]
+    with pytest.raises(SpecError, match=r"filters: 2 cards, of which several are named a; .* give each its own"):
+        load_spec(spec_file, ["filters.1.name=a"])
+    assert load_spec(spec_file, ["filters.0.name=captioner"]).filters[0].name == "captioner"  # of another role
+
+
+def test_thresholds_of_several_filters(spec_file: Path) -> None:
+    """One mean of the cards' where the filters decide by their mean, each card's where they vote; the spec's first."""
+    several(spec_file, "filter", a="thresholds: {web: 0.25}\n", b="thresholds: {web: 0.75, synthetic: 0.125}\n")
+    given = "thresholds.synthetic=0.25"
+    assert load_spec(spec_file).effective_thresholds == (Thresholds(web=0.5, synthetic=0.3125),)
+    assert load_spec(spec_file, [given]).effective_thresholds == (Thresholds(web=0.5, synthetic=0.25),)
+    vote = load_spec(spec_file, ["decision=vote"]).effective_thresholds
+    assert vote == (Thresholds(web=0.25, synthetic=0.5), Thresholds(web=0.75, synthetic=0.125))
+    vote = load_spec(spec_file, ["decision=vote", given]).effective_thresholds
+    assert vote == (Thresholds(web=0.25, synthetic=0.25), Thresholds(web=0.75, synthetic=0.25))
+
+
+def test_a_spec_of_one_captioner_and_one_filter_is_told_of_the_lists(spec_file: Path) -> None:
+    spec_file.write_text(
+        spec_file.read_text().replace("captioners: [", "captioner: [").replace("filters: [", "filter: [")
+    )
+    with pytest.raises(SpecError) as caught:
+        load_spec(spec_file)
+    for role in ("captioner", "filter"):
+        assert f"{role}: unknown field; did you mean {role}s?" in str(caught.value)
+
+
 def test_set_reaches_into_cards_and_reads_yaml(spec_file: Path) -> None:
-    spec = load_spec(spec_file, ["captioner.batch_size=3", "sampling.top_p=0.85", "thresholds.web=0.7"])
-    assert spec.captioner.batch_size == 3
+    spec = load_spec(spec_file, ["captioners.0.batch_size=3", "sampling.top_p=0.85", "thresholds.web=0.7"])
+    assert spec.captioners[0].batch_size == 3
     assert spec.sampling.top_p == 0.85
-    assert spec.effective_thresholds.web == 0.7
+    assert spec.effective_thresholds[0].web == 0.7
     assert spec.batch_size == 3
 
 
@@ -122,19 +185,37 @@ def test_set_reaches_into_cards_and_reads_yaml(spec_file: Path) -> None:
     ("override", "message"),
     [
         ("sampling.topp=1", "sampling.topp: unknown field; did you mean top_p?"),
-        ("captioner.batchsize=1", "captioner.batchsize: unknown field; did you mean batch_size?"),
+        ("captioners.0.batchsize=1", "captioners.0.batchsize: unknown field; did you mean batch_size?"),
+        ("captioner.batch_size=1", "captioner: unknown field; did you mean captioners?"),
+        ("filter=../cards/filter.yaml", "filter: unknown field; did you mean filters?"),
+        ("captioners=../cards/captioner.yaml", "captioners: expected a list (got '../cards/captioner.yaml')"),
+        ("filters=[]", "filters: Tuple should have at least 1 item"),
+        ("filters=[7]", "filters.0: Input should be a valid dictionary"),
+        ("captioners=[gone.yaml]", "gone.yaml: no such file"),
+        ("captioners=[../cards/filter.yaml]", "captioners.0.role: Input should be 'captioner'"),
+        ("captioners=[../cards/captioner.yaml, ../cards/captioner.yaml]", "several are named captioner"),
+        ("captioners.1.batch_size=1", "captioners is a list, and 1 is none of it: its entries are captioners.0 to "),
+        ("filters.1=../cards/filter.yaml", "filters is a list, and 1 is none of it: its entries are filters.0 to "),
+        ("filters.-1.batch_size=1", "filters is a list, and -1 is none of it"),
+        ("filters.batch_size=1", "filters is a list, and batch_size is none of it"),
+        ("filters.0.name.x=1", "filters.0.name is 'filter', not a mapping or a list"),
+        ("decision=median", "decision: Input should be 'mean' or 'vote'"),
+        ("keep=all", "keep: Input should be 'best' or 'all-above-threshold'"),
         ("max_errors=1", "max_errors: unknown field; did you mean max_error_fraction?"),
-        ("filter.checkpoint={hub: a/b, revision: main}", "filter.checkpoint.revision: String should match pattern"),
-        ("filter.checkpoint={hub: a/b}", "filter.checkpoint.revision: required"),
-        ("filter.thresholds.web=2", "filter.thresholds.web: Input should be less than or equal to 1 (got 2)"),
+        (
+            "filters.0.checkpoint={hub: a/b, revision: main}",
+            "filters.0.checkpoint.revision: String should match pattern",
+        ),
+        ("filters.0.checkpoint={hub: a/b}", "filters.0.checkpoint.revision: required"),
+        ("filters.0.thresholds.web=2", "filters.0.thresholds.web: Input should be less than or equal to 1 (got 2)"),
         ("fragment_rows=0", "fragment_rows: Input should be greater than or equal to 1 (got 0)"),
-        ("captioner.placement={min_actors: 3, max_actors: 2}", "min_actors (3) is above max_actors (2)"),
+        ("captioners.0.placement={min_actors: 3, max_actors: 2}", "min_actors (3) is above max_actors (2)"),
         ("sampling={min_tokens: 9, max_tokens: 3}", "min_tokens (9) is above max_tokens (3)"),
-        ("filter=7", "filter: Input should be a valid dictionary"),
+        ("filters=7", "filters: expected a list (got 7)"),
         ("nonsense", "write it as path=value"),
         ("kind=[", "not valid YAML"),
         ("output.x=1", "output is 'out', not a mapping"),
-        ("captioner.role=filter", "captioner.role: Input should be 'captioner'"),
+        ("captioners.0.role=filter", "captioners.0.role: Input should be 'captioner'"),
         (
             "kind=curat",
             "kind: 'curat' is not one of curate, pretrain, finetune-captioner, finetune-filter, evaluate, bootstrap",

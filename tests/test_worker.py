@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import MakeSpec, jpeg, read, write_shard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -15,9 +17,14 @@ from PIL import Image
 from rich.console import Console
 from stubs import load_hash, load_raising
 
-from capfilt.errors import ErrorBudgetError
+from capfilt.decide import FilterScore, Text, as_stored, decide
+from capfilt.errors import CapfiltError, ErrorBudgetError, SpecError
+from capfilt.models.tiny import write_tiny_pair
 from capfilt.pipelines.curate import Summary, curate, in_process
-from capfilt.spec import CurateSpec, Sampling, Thresholds
+from capfilt.pipelines.worker import load_models
+from capfilt.schema import Source
+from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, LocalCheckpoint, Sampling, Thresholds
+from capfilt.text import clean
 
 
 def run(spec: CurateSpec, load: Any = load_hash) -> Summary:
@@ -57,7 +64,7 @@ def test_any_rows_and_any_fragments_are_conserved_in_order(
             "output": str(folder / "out"),
             "fragment_rows": fragment_rows,
             "max_error_fraction": 1.0,
-            "captioner": base.captioner.model_copy(update={"batch_size": batch}),
+            "captioners": (base.captioners[0].model_copy(update={"batch_size": batch}),),
         }
     )
     summary = run(spec)
@@ -104,8 +111,9 @@ def test_every_text_has_its_own_score_and_source(tmp_path: Path, make_spec: Make
         assert len({t["itm"] for t in row["texts"]}) == 4
         assert all(t["kept"] == (t["reason"] is None) for t in row["texts"])
         assert sum(t["kept"] for t in row["texts"] if t["source"] == "synthetic") <= 1
-        assert row["captioner"] == "stub-captioner"
-        assert row["filter"] == "stub-filter"
+        assert [t["captioner"] for t in row["texts"]] == [None, *["stub-captioner"] * 3]
+        for text in row["texts"]:  # the mean of one filter is its own
+            assert text["scores"] == [{"filter": "stub-filter", "itm": text["itm"], "itc": text["itc"]}]
         assert row["seed"] == 0
         assert row["caption_fingerprint"]
 
@@ -156,6 +164,7 @@ def test_text_without_score_is_never_kept(tmp_path: Path, make_spec: MakeSpec) -
     for row in read(str(tmp_path / "out")):
         for text in row["texts"]:
             assert not text["kept"] or text["itm"] is not None
+            assert (text["itm"] is None) == (text["itc"] is None) == (text["scores"] == [])
     assert {
         r["texts"][0]["reason"] for r in read(str(tmp_path / "out")) if not (r["texts"][0]["text"] or "").strip()
     } == {"empty_text"}
@@ -168,8 +177,8 @@ def test_a_model_that_raises_costs_the_row_it_raises_on(tmp_path: Path, make_spe
     run(make_spec(), load_raising)
     errors = {row["row"]: row["detail"] for row in read(str(tmp_path / "out")) if row["status"] == "error"}
     assert set(errors) == {7, 31}
-    assert "device-side assert" in errors[7]
-    assert "not a probability" in errors[31]
+    assert errors[7] == "filter stub-filter: RuntimeError: device-side assert"
+    assert errors[31] == "ValueError: stub-filter: ITM score nan is not a probability"
 
 
 def test_two_runs_agree_to_the_letter(tmp_path: Path, make_spec: MakeSpec) -> None:
@@ -199,3 +208,165 @@ def test_image_bytes_are_not_in_annotations(tmp_path: Path, make_spec: MakeSpec)
     run(make_spec())
     size = sum(p.stat().st_size for p in (tmp_path / "out" / "annotations").rglob("*.parquet"))
     assert size < 20_000
+
+
+# --- ensembles ---
+
+
+class Script:
+    """A captioner that writes the same for every image, and a filter that knows its texts' scores; both take notes."""
+
+    def __init__(self, image_size: int, candidates: Sequence[str] = (), itm: Mapping[str, float] | None = None) -> None:
+        self.image_size, self._candidates, self._itm = image_size, candidates, itm or {}
+        self.memory: list[int] = []
+        self.read: list[list[str]] = []
+
+    def caption(self, images_BCHW: torch.Tensor, sha256: Sequence[str]) -> list[list[str]]:
+        self._look(images_BCHW, len(sha256))
+        return [list(self._candidates) for _ in sha256]
+
+    def score(self, images_BCHW: torch.Tensor, texts: Sequence[Sequence[str]]) -> list[list[tuple[float, float]]]:
+        self._look(images_BCHW, len(texts))
+        self.read += map(list, texts)
+        return [[(self._itm[text], self._itm[text] / 2) for text in row] for row in texts]
+
+    def _look(self, images_BCHW: torch.Tensor, count: int) -> None:
+        assert images_BCHW.shape == (count, 3, self.image_size, self.image_size)
+        self.memory.append(images_BCHW.data_ptr())
+
+
+def ensemble(base: CurateSpec, **fields: Any) -> CurateSpec:
+    """Captioners a and b, filters f and g of unlike thresholds, at two image sizes."""
+    captioners = [
+        base.captioners[0].model_copy(update={"name": name, "image_size": size})
+        for name, size in (("a", 16), ("b", 24))
+    ]
+    filters = [
+        base.filters[0].model_copy(update={"name": name, "image_size": size, "thresholds": thresholds})
+        for name, size, thresholds in (("f", 16, Thresholds(web=0.5, synthetic=0.25)), ("g", 24, Thresholds()))
+    ]
+    return base.model_copy(update={"captioners": tuple(captioners), "filters": tuple(filters), **fields})
+
+
+KEPT, BELOW, WORSE, EQUAL, EMPTY = "kept", "below_threshold", "not_best", "duplicate_text", "empty_text"
+# fmt: off
+TOGETHER = [
+    # of                             Web!   A dog. a cat  A cat!    A CAT  web    ""
+    #                                       by a:                   by b:                   captions of the pair
+    ("mean", "best",                [KEPT,  KEPT, WORSE, WORSE,     WORSE, EQUAL, EMPTY], ["Web!", "A dog."]),
+    ("mean", "all-above-threshold", [KEPT,  KEPT, KEPT,  EQUAL,     EQUAL, EQUAL, EMPTY], ["Web!", "A dog.", "a cat"]),
+    ("vote", "best",                [BELOW, KEPT, WORSE, WORSE,     WORSE, BELOW, EMPTY], ["A dog."]),
+    ("vote", "all-above-threshold", [BELOW, KEPT, KEPT,  EQUAL,     EQUAL, BELOW, EMPTY], ["A dog.", "a cat"]),
+]
+# fmt: on
+
+
+@pytest.mark.parametrize(("decision", "keep", "expected", "captions"), TOGETHER)
+def test_two_captioners_and_two_filters(
+    tmp_path: Path, make_spec: MakeSpec, decision: str, keep: str, expected: list[str], captions: list[str]
+) -> None:
+    write_shard(tmp_path / "in" / "0.parquet", [jpeg(i) for i in range(10)], ["Web!"] * 10)
+    spec = ensemble(make_spec(sampling=Sampling(candidates=3)), decision=decision, keep=keep)
+    captioners = Script(16, ["A dog.", "a cat", "A cat!"]), Script(24, ["A CAT", "web", ""])
+    f = Script(16, itm={"web": 0.75, "a dog": 0.5, "a cat": 0.25})
+    g = Script(24, itm={"web": 0.25, "a dog": 0.75, "a cat": 0.875})
+    run(spec, lambda *_: (captioners, (f, g)))
+
+    assert f.read == g.read == [["web", "a dog", "a cat"]] * 10  # each text once, whoever wrote it
+    assert captioners[0].memory == f.memory  # resized once for both
+    assert captioners[1].memory == g.memory
+    means = {"web": 0.5, "a dog": 0.625, "a cat": 0.5625}
+    for row in read(spec.output):
+        texts = row["texts"]
+        assert [(t["captioner"], t["candidate"], t["text"]) for t in texts] == [
+            (None, 0, "Web!"), ("a", 0, "A dog."), ("a", 1, "a cat"), ("a", 2, "A cat!"),
+            ("b", 0, "A CAT"), ("b", 1, "web"), ("b", 2, ""),
+        ]  # fmt: skip
+        assert [t["reason"] or "kept" for t in texts] == expected
+        for text in texts[:-1]:
+            of_f, of_g = text["scores"]
+            assert (of_f["filter"], of_g["filter"]) == ("f", "g")
+            assert (text["itm"], text["itc"]) == (means[clean(text["text"])], means[clean(text["text"])] / 2)
+            assert text["itm"] == (of_f["itm"] + of_g["itm"]) / 2
+        assert (texts[-1]["itm"], texts[-1]["itc"], texts[-1]["scores"]) == (None, None, [])
+    assert len(read(spec.output, "pairs")) == 10
+    for pair in read(spec.output, "pairs"):
+        assert pair["text"] == "A dog."
+        assert [caption["text"] for caption in pair["captions"]] == captions
+        assert all(c["captioner"] == (None if c["source"] == "web" else "a") for c in pair["captions"])
+
+
+def test_the_tables_decide_as_the_run_did(tmp_path: Path, make_spec: MakeSpec) -> None:
+    """Scores are stored as they were compared, so that other thresholds can be tried on them."""
+    write_shard(tmp_path / "in" / "0.parquet", [jpeg(i) for i in range(60)])
+    spec = ensemble(make_spec(), decision="mean", keep="all-above-threshold")
+    run(spec)
+    for row in read(spec.output):
+        texts = []
+        for t in row["texts"]:
+            scores = tuple(FilterScore(**score) for score in t["scores"])
+            assert t["itm"] == as_stored(sum(score.itm for score in scores) / 2)
+            texts.append(Text(Source(t["source"]), t["candidate"], t["text"], clean(t["text"]), t["captioner"], scores))
+        again = decide(texts, spec.effective_thresholds, spec.decision, spec.keep)
+        assert [(text.itm, text.kept, text.reason) for text in again] == [
+            (t["itm"], t["kept"], t["reason"]) for t in row["texts"]
+        ]
+
+
+def test_a_model_for_each_card(tmp_path: Path, make_spec: MakeSpec) -> None:
+    write_shard(tmp_path / "in" / "0.parquet", [jpeg(0)])
+    with pytest.raises(CapfiltError, match="1 captioners and 2 filters were made for the spec's 2 and 2 cards"):
+        run(ensemble(make_spec()), lambda *_: ([Script(16)], [Script(16), Script(24)]))
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LocalCheckpoint]:
+    captioner, filter_ = write_tiny_pair(tmp_path_factory.mktemp("tiny"))
+    return {"captioner": LocalCheckpoint(path=str(captioner)), "filter": LocalCheckpoint(path=str(filter_))}
+
+
+def test_real_models_together_do_what_each_does_alone(
+    tmp_path: Path, make_spec: MakeSpec, tiny: dict[str, LocalCheckpoint]
+) -> None:
+    write_shard(tmp_path / "in" / "0.parquet", [jpeg(i) for i in range(12)])
+    captioners = tuple(
+        CaptionerCard(
+            role="captioner", name=name, checkpoint=tiny["captioner"], image_size=size, batch_size=5, prompt=prompt
+        )
+        for name, size, prompt in (("a", 32, "a picture of "), ("b", 40, ""))
+    )
+    filters = tuple(
+        FilterCard(role="filter", name=token.strip("[]"), checkpoint=tiny["filter"], image_size=32, first_token=token)
+        for token in ("[ENC]", "[CLS]")
+    )
+    sampling = Sampling(candidates=2, min_tokens=2, max_tokens=6)
+
+    def texts(**fields: Any) -> list[dict[str, Any]]:
+        spec = make_spec(output=str(tmp_path / f"out{len(list(tmp_path.iterdir()))}"), sampling=sampling, **fields)
+        run(spec, load_models)
+        return [text for row in read(spec.output) for text in row["texts"]]
+
+    together = texts(captioners=captioners, filters=filters)
+    assert len(together) == 12 * 5
+    for captioner in captioners:
+        for n, filter_ in enumerate(filters):
+            alone = texts(captioners=(captioner,), filters=(filter_,))
+            own = [text for text in together if text["captioner"] in (None, captioner.name)]
+            assert [text["text"] for text in own] == [text["text"] for text in alone]
+            for text, lone in zip(own, alone, strict=True):
+                assert text["scores"][n]["filter"] == filter_.name
+                assert text["scores"][n]["itm"] == pytest.approx(lone["itm"], abs=1e-5)
+    assert all(text["scores"][0]["itm"] != text["scores"][1]["itm"] for text in together)
+
+
+def test_what_a_checkpoint_cannot_do_names_the_card(
+    tmp_path: Path, make_spec: MakeSpec, tiny: dict[str, LocalCheckpoint]
+) -> None:
+    write_shard(tmp_path / "in" / "0.parquet", [jpeg(0)])
+    card = CaptionerCard(role="captioner", name="c", checkpoint=tiny["captioner"], image_size=32)
+    filters = tuple(
+        FilterCard(role="filter", name=name, checkpoint=tiny["filter"], image_size=32, max_tokens=tokens)
+        for name, tokens in (("short", 35), ("long", 512))
+    )
+    with pytest.raises(SpecError, match=r"filter long: .*512 tokens"):
+        run(make_spec(captioners=(card,), filters=filters), load_models)

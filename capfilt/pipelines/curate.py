@@ -1,7 +1,7 @@
 """The driver of a curation run: plan, spread fragments over workers, take receipts, commit whole shards.
 
 Ray Data schedules fragments, not rows: the dataset is a list of fragment descriptors, each its own block, and the actor
-that holds both models does everything else. Image bytes never cross the object store. Only this driver commits.
+that holds the models does everything else. Image bytes never cross the object store. Only this driver commits.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def curate(
     """Run CapFilt over what is not yet curated, and commit it.
 
     Args:
-        load: makes the models in each worker; other models than a card's come in here.
+        load: makes the models in each worker; other models than the cards' come in here.
         execute: how fragments run; on Ray unless given (`in_process` needs no Ray).
         console: where progress is shown; standard error unless given.
         report: called with the summary once, at the end, however the run ends.
@@ -110,7 +110,7 @@ def curate(
     # Planned before anything is made: a mistyped input leaves nothing behind.
     plan = make_plan(spec, fingerprints, CuratedDataset.committed_in(spec.output, spec.output_options))
     if plan.todo and load is load_models:
-        for card in (spec.captioner, spec.filter):
+        for card in spec.cards.values():
             inspect(card)
     dataset = CuratedDataset.for_writing(spec.output, spec.output_options)
     run = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
@@ -440,12 +440,15 @@ def _check_capacity(spec: CurateSpec) -> None:
     if spec.ray.address != "local":
         return
     have = ray.cluster_resources()
-    for name, need in (("GPU", spec.placement.gpus), ("CPU", spec.placement.cpus)):
-        if need > have.get(name, 0):
+    for name in ("gpus", "cpus"):
+        kind, need = name.upper().rstrip("S"), getattr(spec.placement, name)
+        there = have.get(kind, 0)
+        if need > there:
+            greedy = [at for at, card in spec.cards.items() if getattr(card.placement, name) > there]
             raise CapfiltError(
-                f"an actor needs {need:g} {name} and this machine has {have.get(name, 0):g}; lower captioner.placement."
-                f"{name.lower()}s and filter.placement.{name.lower()}s (or ray.num_cpus), or join a cluster with "
-                "ray.address"
+                f"an actor needs {need:g} {kind} and this machine has {there:g}; lower "
+                f"{' and '.join(f'{at}.placement.{name}' for at in greedy)}"
+                f"{' (or raise ray.num_cpus)' if name == 'cpus' else ''}, or join a cluster with ray.address"
             )
 
 

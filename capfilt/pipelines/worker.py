@@ -21,16 +21,16 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter
 
 from capfilt.dataset import DIRECTORIES, Counts, DataFile, Provenance
-from capfilt.decide import Text, best_text, decide, row_outcome
-from capfilt.errors import CapfiltError, CheckpointError, ImageError, InputError
+from capfilt.decide import FilterScore, Text, as_stored, best_text, decide, row_outcome
+from capfilt.errors import CapfiltError, CheckpointError, ImageError, InputError, SpecError
 from capfilt.fingerprints import Fingerprints, run_fingerprints
 from capfilt.fragments import Fragment, Row, read_rows
 from capfilt.images import decode
@@ -38,7 +38,7 @@ from capfilt.models.preprocess import resize
 from capfilt.pipelines.attempts import Attempts
 from capfilt.receipts import Receipt, store
 from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE, SHARD, Reason, Source, Status
-from capfilt.spec import CurateSpec
+from capfilt.spec import CaptionerCard, CurateSpec, FilterCard
 from capfilt.text import clean
 from capfilt.writer import ParquetWriter
 
@@ -85,20 +85,39 @@ class Filter(Protocol):
         ...
 
 
-LoadModels = Callable[[CurateSpec, str], tuple[Captioner, Filter]]
-"""Makes both models for a spec on a device ("cpu", "cuda"); called once in each worker."""
+Models = tuple[Sequence[Captioner], Sequence[Filter]]
+
+LoadModels = Callable[[CurateSpec, str], Models]
+"""Makes the models of a spec's cards, in their order, on a device ("cpu", "cuda"); called once in each worker."""
 
 
-def load_models(spec: CurateSpec, device: str) -> tuple[Captioner, Filter]:
-    """Load the captioner and the filter that the spec's cards name.
+def load_models(spec: CurateSpec, device: str) -> Models:
+    """Load the captioners and filters that the spec's cards name.
 
     Raises:
         CheckpointError: a checkpoint cannot be found, trusted or loaded.
+        SpecError: a card or the sampling asks for more than its checkpoint can do; names the card.
     """
     from capfilt.models.captioner import Captioner as BlipCaptioner  # transformers loads where models do
     from capfilt.models.itm import ItmFilter
 
-    return BlipCaptioner(spec.captioner, spec.sampling, device), ItmFilter(spec.filter, device)
+    captioners, filters = [], []
+    for captioner in spec.captioners:
+        with _named(captioner):
+            captioners.append(BlipCaptioner(captioner, spec.sampling, device))
+    for filter_ in spec.filters:
+        with _named(filter_):
+            filters.append(ItmFilter(filter_, device))
+    return captioners, filters
+
+
+@contextmanager
+def _named(card: CaptionerCard | FilterCard) -> Iterator[None]:
+    """The network knows neither the card's name nor its place in the spec."""
+    try:
+        yield
+    except SpecError as error:
+        raise SpecError(f"{card.role} {card.name}: {error}") from error
 
 
 class DeviceLostError(CapfiltError):
@@ -185,7 +204,7 @@ class _Scratch(threading.local):
 
 
 class Worker:
-    """Holds both models and curates fragments.
+    """Holds the models and curates fragments.
 
     Args:
         job: the run.
@@ -197,7 +216,7 @@ class Worker:
         self.job = job
         self.attempts = attempts or Attempts()
         self._load = load
-        self._models: tuple[Captioner, Filter] | None = None
+        self._models: Models | None = None
         self._load_lock = threading.Lock()
         self._device_lock = threading.Lock()
         self._turns = _Turns()
@@ -258,20 +277,20 @@ class Worker:
 
     # --- one fragment ---
 
-    def models(self) -> tuple[Captioner, Filter]:
-        """Both models, loaded on first use."""
+    def models(self) -> Models:
+        """The captioners and the filters, in the order of their cards; loaded on first use."""
         with self._load_lock:
             if self._models is None:
                 self._models = self._load_models()
         return self._models
 
-    def _load_models(self) -> tuple[Captioner, Filter]:
+    def _load_models(self) -> Models:
         spec = self.job.spec
         device = "cuda" if spec.placement.gpus > 0 else "cpu"
         if device == "cuda" and not torch.cuda.is_available():
             raise CapfiltError(
                 "placement.gpus is above 0 but this worker sees no CUDA device; install a CUDA build of torch, or set "
-                "captioner.placement.gpus=0 and filter.placement.gpus=0"
+                + " and ".join(f"{at}.placement.gpus=0" for at, card in spec.cards.items() if card.placement.gpus)
             )
         if self._load is load_models and run_fingerprints(spec) != self.job.fingerprints:
             raise CheckpointError(
@@ -283,9 +302,14 @@ class Worker:
                 "use machines with more, fewer actors on each (placement.cpus, placement.gpus), or smaller models"
             )
         torch.set_num_threads(self._threads)
-        models = self._load(spec, device)
+        captioners, filters = self._load(spec, device)
+        if (len(captioners), len(filters)) != (len(spec.captioners), len(spec.filters)):
+            raise CapfiltError(
+                f"{len(captioners)} captioners and {len(filters)} filters were made for the spec's "
+                f"{len(spec.captioners)} and {len(spec.filters)} cards; `load` makes a model for each"
+            )
         self.attempts.load_ended()
-        return models
+        return captioners, filters
 
     def curate(self, fragment: Fragment) -> Receipt:
         """Curate one fragment: every row gets its status, in order.
@@ -354,7 +378,7 @@ class Worker:
         try:
             return self._free.pop()
         except IndexError:
-            sizes = {model.image_size for model in self.models()}
+            sizes = {model.image_size for models in self.models() for model in models}
             return {size: torch.empty((self.job.spec.batch_size, size, size, 3), dtype=torch.uint8) for size in sizes}
 
     def _prepare(self, row: Row, pixels: _Buffers) -> tuple[_Item, float]:
@@ -387,28 +411,58 @@ class Worker:
                 raise DeviceLostError(f"the device failed: {error}") from error
             if len(items) == 1:
                 items[0].texts = items[0].texts[:1]
-                items[0].fail(Reason.MODEL_ERROR, f"{type(error).__name__}: {' '.join(str(error).split())}")
+                who = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+                items[0].fail(Reason.MODEL_ERROR, f"{who}{type(error).__name__}: {' '.join(str(error).split())}")
             else:
                 half = len(items) // 2
                 self._judge(items[:half], {size: batch[:half] for size, batch in images.items()})
                 self._judge(items[half:], {size: batch[half:] for size, batch in images.items()})
 
     def _caption_and_score(self, items: list[_Item], images: _Buffers) -> None:
-        captioner, filter_ = self.models()
-        captions = captioner.caption(images[captioner.image_size], [item.sha256 or "" for item in items])
-        texts = [
-            [item.texts[0], *(Text(Source.SYNTHETIC, k, text, clean(text)) for k, text in enumerate(candidates))]
-            for item, candidates in zip(items, captions, strict=True)
+        spec, texts = self.job.spec, self._with_captions(items, images)
+        # Texts that are the same after clean-up, of whichever captioner, are scored once.
+        scores = self._scores([list(dict.fromkeys(text.clean for text in row if text.clean)) for row in texts], images)
+        scored = [
+            [replace(text, scores=own[text.clean]) if text.clean else text for text in row]
+            for row, own in zip(texts, scores, strict=True)
         ]
-        to_score = [[text.clean for text in row if text.clean] for row in texts]
-        scores = filter_.score(images[filter_.image_size], to_score)
-        thresholds = self.job.spec.effective_thresholds
-        for item, row, row_scores in zip(items, texts, scores, strict=True):
-            rest = iter(row_scores)
-            scored = [_scored(text, *next(rest)) if text.clean else text for text in row]
-            verdicts = decide(scored, thresholds)
-            item.texts = verdicts
-            item.status, item.reason = row_outcome(verdicts)
+        thresholds = spec.effective_thresholds
+        verdicts = [decide(row, thresholds, spec.decision, spec.keep) for row in scored]
+        for item, row in zip(items, verdicts, strict=True):  # once none can raise: a row has all of its fate or nothing
+            item.texts = row
+            item.status, item.reason = row_outcome(row)
+
+    def _with_captions(self, items: list[_Item], images: _Buffers) -> list[list[Text]]:
+        """The texts of each image: the web's, then those that each captioner writes."""
+        sha256 = [item.sha256 or "" for item in items]
+        texts = [item.texts[:1] for item in items]
+        for card, captioner in zip(self.job.spec.captioners, self.models()[0], strict=True):
+            with _noted(card):
+                captions = captioner.caption(images[captioner.image_size], sha256)
+            for row, candidates in zip(texts, captions, strict=True):
+                row += [Text(Source.SYNTHETIC, k, text, clean(text), card.name) for k, text in enumerate(candidates)]
+        return texts
+
+    def _scores(self, texts: list[list[str]], images: _Buffers) -> list[dict[str, tuple[FilterScore, ...]]]:
+        """For each image, what all filters think of each of its texts, which differ."""
+        scores: list[dict[str, tuple[FilterScore, ...]]] = [dict.fromkeys(row, ()) for row in texts]
+        for card, filter_ in zip(self.job.spec.filters, self.models()[1], strict=True):
+            with _noted(card):
+                judged = filter_.score(images[filter_.image_size], texts)
+            for of_text, row, own in zip(scores, texts, judged, strict=True):
+                for text, (itm, itc) in zip(row, own, strict=True):
+                    of_text[text] += (FilterScore(card.name, as_stored(itm), as_stored(itc)),)
+        return scores
+
+
+@contextmanager
+def _noted(card: CaptionerCard | FilterCard) -> Iterator[None]:
+    """Add to what a model raises which of them it was."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"{card.role} {card.name}")
+        raise
 
 
 def _images(buffer_BSSC: torch.Tensor, rows: list[int]) -> torch.Tensor:
@@ -421,10 +475,19 @@ def _web_text(row: Row) -> Text:
     return Text(Source.WEB, 0, row.text, clean(row.text) if row.text else "")
 
 
-def _scored(text: Text, itm: float, itc: float) -> Text:
-    """With its scores as the tables will hold them, so that a later threshold decides alike."""
-    itm, itc = float(np.float32(itm)), float(np.float32(itc))
-    return Text(text.source, text.candidate, text.text, text.clean, itm, itc)
+def _text_record(text: Text) -> dict[str, Any]:
+    """A text as schema.TEXT_STRUCT holds it."""
+    return {
+        "source": text.source,
+        "captioner": text.captioner,
+        "candidate": text.candidate,
+        "text": text.text,
+        "itm": text.itm,
+        "itc": text.itc,
+        "scores": [{"filter": score.filter, "itm": score.itm, "itc": score.itc} for score in text.scores],
+        "kept": text.kept,
+        "reason": text.reason,
+    }
 
 
 class _Output:
@@ -438,8 +501,6 @@ class _Output:
         self._path = f"{SHARD}={fragment.file.shard}/{name}"
         self._writers: dict[str, ParquetWriter] = {}
         self._constant = {
-            "captioner": job.spec.captioner.name,
-            "filter": job.spec.filter.name,
             "seed": job.spec.sampling.seed,
             "caption_fingerprint": job.fingerprints.caption,
             "score_fingerprint": job.fingerprints.score,
@@ -479,26 +540,14 @@ class _Output:
             "height": item.height,
             "image_sha256": item.sha256,
         }
-        texts = [
-            {
-                "source": text.source,
-                "candidate": text.candidate,
-                "text": text.text,
-                "itm": text.itm,
-                "itc": text.itc,
-                "kept": text.kept,
-                "reason": text.reason,
-            }
-            for text in item.texts
-        ]
         outcome = {
             "status": item.status,
             "reason": item.reason,
             "detail": item.detail,
             "note": row.note if image is None else None,
-            "texts": texts,
+            "texts": [_text_record(text) for text in item.texts],
         }
-        size = 300 + sum(len(text.text or "") for text in item.texts)
+        size = 200 + sum(len(text.text or "") + 50 + 30 * len(text.scores) for text in item.texts)
         self._writer(ANNOTATIONS).append(
             {
                 **identity,
@@ -510,7 +559,11 @@ class _Output:
             size,
         )
         if item.status is Status.KEPT and image is not None:
-            captions = [{"text": t.text, "source": t.source, "itm": t.itm} for t in item.texts if t.kept]
+            captions = [
+                {"text": text.text, "source": text.source, "captioner": text.captioner, "itm": text.itm}
+                for text in item.texts
+                if text.kept
+            ]
             best = best_text(item.texts).text
             pair = {**identity, **picture, "image": image, "text": best, "captions": captions}
             self._writer(PAIRS).append(pair, size + len(image))

@@ -13,7 +13,7 @@ from capfilt.spec.cards import (
     Thresholds,
     ThresholdsOverride,
 )
-from capfilt.spec.curation import CurateSpec, Sampling
+from capfilt.spec.curation import CurateSpec, Decision, Keep, Sampling
 from capfilt.spec.evaluation import Captioning, EvaluateSpec, EvaluationSettings, Quality, Retrieval, Truth
 from capfilt.spec.fields import (
     Checkpoint,
@@ -60,6 +60,7 @@ __all__ = [
     "Contrast",
     "CurateSettings",
     "CurateSpec",
+    "Decision",
     "EvaluateSpec",
     "EvaluationSettings",
     "FilterCard",
@@ -70,6 +71,7 @@ __all__ = [
     "Images",
     "Initial",
     "Input",
+    "Keep",
     "LocalCheckpoint",
     "ModelCard",
     "Optimiser",

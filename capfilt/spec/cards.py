@@ -10,7 +10,7 @@ from capfilt.spec.fields import Checkpoint, Model
 
 
 class Placement(Model):
-    """What one actor takes from the cluster, and how many actors run. Both models of a run share one actor."""
+    """What one actor takes from the cluster, and how many actors run. All models of a run share one actor."""
 
     gpus: float = Field(default=0, ge=0, le=64, description="GPUs an actor holds; 0 computes on the CPU.")
     cpus: float = Field(default=1, gt=0, le=1024, description="CPU cores an actor holds; also its decoding threads.")
@@ -25,7 +25,7 @@ class Placement(Model):
 
 
 class _Card(Model):
-    name: str = Field(pattern=r"^[\w.-]{1,80}$", description="Recorded with every row the model touched.")
+    name: str = Field(pattern=r"^[\w.-]{1,80}$", description="Recorded with every text the model wrote or scored.")
     checkpoint: Checkpoint = Field(description="Where the weights come from: `hub` and `revision`, or `path`.")
     image_size: int = Field(ge=8, le=1024, description="Side in pixels; images are resized to a square of it.")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of weights and activations.")
@@ -49,17 +49,17 @@ class CaptionerCard(_Card):
 
 
 class ThresholdsOverride(Model):
-    """Thresholds in place of a filter card's; what is not given stays the card's."""
+    """Thresholds in place of the filter cards'; what is not given stays the cards'."""
 
     web: float | None = Field(default=None, ge=0, le=1, description="For web texts.")
-    synthetic: float | None = Field(default=None, ge=0, le=1, description="For the captioner's texts.")
+    synthetic: float | None = Field(default=None, ge=0, le=1, description="For captioners' texts.")
 
 
 class Thresholds(ThresholdsOverride):
     """Match probability below which a text is dropped (BLIP section 3.3: unmatched by the ITM head is p < 0.5)."""
 
     web: float = Field(default=0.5, ge=0, le=1, description="For web texts.")
-    synthetic: float = Field(default=0.5, ge=0, le=1, description="For the captioner's texts.")
+    synthetic: float = Field(default=0.5, ge=0, le=1, description="For captioners' texts.")
 
 
 class FilterCard(_Card):

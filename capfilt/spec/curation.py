@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections import Counter
+from statistics import fmean
+from typing import Literal, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from capfilt.spec.cards import CaptionerCard, FilterCard, Placement, Thresholds, ThresholdsOverride
 from capfilt.spec.fields import Images, Input, Model, OutputLocation, Ray, StorageOptions
 
+Decision = Literal["mean", "vote"]
+Keep = Literal["best", "all-above-threshold"]
+
+_Card = TypeVar("_Card", CaptionerCard, FilterCard)
+
 
 class Sampling(Model):
-    """How the captioner writes (BLIP section 3.3: nucleus sampling, p = 0.9)."""
+    """How captioners write (BLIP section 3.3: nucleus sampling, p = 0.9)."""
 
-    candidates: int = Field(default=1, ge=1, le=64, description="Captions per image; the best kept one wins.")
+    candidates: int = Field(default=1, ge=1, le=64, description="Captions that each captioner writes for an image.")
     top_p: float = Field(default=0.9, gt=0, le=1, description="Nucleus: the smallest set with this probability.")
     top_k: int = Field(default=0, ge=0, description="0 is off, as in the paper; transformers' default is 50.")
     temperature: float = Field(default=1.0, gt=0, le=10, description="Divides the logits.")
@@ -40,10 +47,24 @@ class CurateSpec(Model):
     output_options: StorageOptions = Field(
         default={}, description="For the output's store: endpoint_url, region, ... never a secret."
     )
-    captioner: CaptionerCard = Field(description="A card, or the path of one.")
-    filter: FilterCard = Field(description="A card, or the path of one.")
+    captioners: tuple[CaptionerCard, ...] = Field(
+        min_length=1, description="Cards, or their paths; each captions every image. Of equal scores the first's wins."
+    )
+    filters: tuple[FilterCard, ...] = Field(
+        min_length=1, description="Cards, or their paths; each scores every text. Texts are ranked by the mean."
+    )
     sampling: Sampling = Sampling()
-    thresholds: ThresholdsOverride | None = Field(default=None, description="In place of the filter card's, each.")
+    thresholds: ThresholdsOverride | None = Field(default=None, description="In place of the filter cards', each.")
+    decision: Decision = Field(
+        default="mean",
+        description="A text matches by `mean` when the filters' mean ITM probability is at least the threshold (by "
+        "default the mean of their cards'); by `vote` when that of more than half of them is (by default each card's).",
+    )
+    keep: Keep = Field(
+        default="best",
+        description="Which of an image's synthetic texts that match stay: the best one, or all that differ. A web text "
+        "is judged by itself.",
+    )
     images: Images = Images()
     fragment_rows: int = Field(
         default=1000,
@@ -61,24 +82,42 @@ class CurateSpec(Model):
     )
     ray: Ray = Ray()
 
+    @field_validator("captioners", "filters")
+    @classmethod
+    def _named_apart(cls, cards: tuple[_Card, ...]) -> tuple[_Card, ...]:
+        if twice := [name for name, times in Counter(card.name for card in cards).items() if times > 1]:
+            raise ValueError(
+                f"{len(cards)} cards, of which several are named {twice[0]}; what each writes or scores is recorded "
+                "under its name: give each its own"
+            )
+        return cards
+
     @property
-    def effective_thresholds(self) -> Thresholds:
-        """Each threshold: the spec's, else the filter card's."""
+    def cards(self) -> dict[str, CaptionerCard | FilterCard]:
+        """Of all models of the run, by their place in the spec: `captioners.0`, ..., `filters.0`, ..."""
+        captioners = {f"captioners.{number}": card for number, card in enumerate(self.captioners)}
+        return captioners | {f"filters.{number}": card for number, card in enumerate(self.filters)}
+
+    @property
+    def effective_thresholds(self) -> tuple[Thresholds, ...]:
+        """What :func:`capfilt.decide.decide` compares scores with: one for the mean, each filter's for a vote.
+
+        Each threshold is the spec's; where it gives none, the mean of the filter cards' or, for a vote, the card's own.
+        """
         own = self.thresholds.model_dump(exclude_none=True) if self.thresholds else {}
-        return self.filter.thresholds.model_copy(update=own)
+        cards = [card.thresholds for card in self.filters]
+        if self.decision == "mean":
+            mean = {name: fmean(getattr(card, name) for card in cards) for name in Thresholds.model_fields}
+            cards = [Thresholds(**mean)]
+        return tuple(card.model_copy(update=own) for card in cards)
 
     @property
     def batch_size(self) -> int:
-        """Images per forward pass that both models accept."""
-        return min(self.captioner.batch_size, self.filter.batch_size)
+        """Images per forward pass that all models accept."""
+        return min(card.batch_size for card in self.cards.values())
 
     @property
     def placement(self) -> Placement:
-        """Resources of the actor that holds both models: the larger of the two cards' demands."""
-        a, b = self.captioner.placement, self.filter.placement
-        return Placement(
-            gpus=max(a.gpus, b.gpus),
-            cpus=max(a.cpus, b.cpus),
-            min_actors=max(a.min_actors, b.min_actors),
-            max_actors=max(a.max_actors, b.max_actors),
-        )
+        """Resources of the actor that holds all models: the largest of the cards' demands, each."""
+        placements = [card.placement for card in self.cards.values()]
+        return Placement(**{name: max(getattr(own, name) for own in placements) for name in Placement.model_fields})

@@ -32,14 +32,18 @@ _KINDS: dict[str, type[RunSpec]] = {
 _CARDS = ("captioner", "filter", "start")
 """Fields that hold a card, or its path."""
 
+_CARD_LISTS = ("captioners", "filters")
+"""Fields that hold a list of such."""
+
 
 def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
     """Read a run spec.
 
     Args:
         path: a YAML file. Paths in it, and in overrides, resolve relative to it.
-        overrides: `a.b=value` assignments, the value read as YAML; applied in order before validation, to the card
-            (`captioner=card.yaml`) and into the card's own fields (`captioner.batch_size=8`) too.
+        overrides: `a.b=value` assignments, the value read as YAML; applied in order before validation. An entry of a
+            list goes by its number, from 0. They reach a card (`filters.1=card.yaml`) and into its own fields
+            (`filters.1.batch_size=8`), too.
 
     Raises:
         SpecError: naming the file and each field that is wrong, with the nearest known name for an unknown key.
@@ -50,6 +54,10 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
         _assign(data, override, path.parent)
     for field in _CARDS:
         _open_card(data, field, path.parent)
+    for field in _CARD_LISTS:
+        if isinstance(cards := data.get(field), list):
+            for number in range(len(cards)):
+                _open_card(cards, number, path.parent)
     spec: RunSpec = _validated(_kind(data, path), data, path)
     return spec
 
@@ -86,16 +94,21 @@ def load_card(path: str | Path) -> CaptionerCard | FilterCard:
     return card
 
 
-def _open_card(data: dict[str, Any], role: str, base: Path) -> None:
-    """Put a card's raw fields in place of its path, its checkpoint's path made absolute against the card's own file."""
-    if not isinstance(data.get(role), str):
+def _open_card(holder: Any, key: str | int, base: Path) -> None:
+    """Put a card's raw fields in place of its path, its checkpoint's path made absolute against the card's own file.
+
+    Args:
+        holder: the mapping or list that holds it, at `key`; if anything is there.
+    """
+    named = holder.get(key) if isinstance(holder, dict) else holder[key]
+    if not isinstance(named, str):
         return
-    path = Path(absolute(data[role], base))
+    path = Path(absolute(named, base))
     card = _read_yaml(path)
     checkpoint = card.get("checkpoint")
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("path"), str):
         card["checkpoint"] = {**checkpoint, "path": absolute(checkpoint["path"], path.parent)}
-    data[role] = card
+    holder[key] = card
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -121,15 +134,28 @@ def _assign(data: dict[str, Any], override: str, base: Path) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SpecError(f"--set {override}: the value is not valid YAML: {error}") from error
-    if len(keys) > 1 and keys[0] in _CARDS:
-        _open_card(data, keys[0], base)
-    node = data
-    for key in keys[:-1]:
-        child = node.setdefault(key, {})
-        if not isinstance(child, dict):
-            raise SpecError(f"--set {override}: {key} is {child!r}, not a mapping")
-        node = child
-    node[keys[-1]] = value
+    node: Any = data
+    for depth, key in enumerate(keys[:-1]):
+        at = _place(node, key, keys[:depth], override)
+        in_list = depth == 1 and keys[0] in _CARD_LISTS and isinstance(node, list)
+        if in_list or (depth == 0 and key in _CARDS):
+            _open_card(node, at, base)
+        node = node.setdefault(at, {}) if isinstance(node, dict) else node[at]
+    node[_place(node, keys[-1], keys[:-1], override)] = value
+
+
+def _place(node: Any, key: str, parents: Sequence[str], override: str) -> str | int:
+    """Where an override's key stands in a mapping or a list."""
+    if isinstance(node, dict):
+        return key
+    where = ".".join(parents)
+    if not isinstance(node, list):
+        raise SpecError(f"--set {override}: {where} is {_short(node)}, not a mapping or a list")
+    places = {str(number): number for number in range(len(node))}
+    if key not in places:
+        known = f"its entries are {where}.0 to {where}.{len(node) - 1}" if node else "it has no entries"
+        raise SpecError(f"--set {override}: {where} is a list, and {key} is none of it: {known}")
+    return places[key]
 
 
 def _validated(what: Any, data: dict[str, Any], path: Path) -> Any:
@@ -164,7 +190,7 @@ def _explain(item: Any, what: Any) -> str:
         return f"{field}: unknown field" + (f"; did you mean {near[0]}?" if near else "")
     if item["type"] == "missing":
         return f"{field}: required"
-    message = item["msg"].removeprefix("Value error, ")
+    message = "expected a list" if item["type"] == "tuple_type" else item["msg"].removeprefix("Value error, ")
     if last.endswith("_options"):
         return f"{field}: {message}"  # the value may be the secret that was refused
     return f"{field}: {message} (got {_short(item['input'])})"
