@@ -435,8 +435,19 @@ class CuratedDataset:
         except (DeltaError, OSError) as error:
             raise DatasetError(f"{self._uri(table)}: cannot be opened: {_one_line(error)}") from error
         if delta.schema() != _schema(table) or delta.metadata().partition_columns != [SHARD]:
-            raise DatasetError(f"{self._uri(table)}: a Delta table, but not capfilt's {table}; give another output")
+            raise self._not_this(table, delta)
         self._tables[table] = delta
+
+    def _not_this(self, table: str, delta: DeltaTable) -> DatasetError:
+        """A table whose columns are not this version's is left as it is: its rows lack what new ones have."""
+        if delta.transaction_version(_APP) is None:
+            return DatasetError(f"{self._uri(table)}: a Delta table, but not capfilt's {table}; give another output")
+        ours, theirs = ({field.name: field for field in of.fields} for of in (_schema(table), delta.schema()))
+        names = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+        return DatasetError(
+            f"{self._uri(table)}: written by another version of capfilt, whose {table} differ in {', '.join(names)}. "
+            "Curate into a new output, or use the version that wrote this one"
+        )
 
     def _create(self, table: str) -> None:
         """Make an empty table, unless another driver is faster."""

@@ -18,11 +18,13 @@ import polars
 import pyarrow.parquet as pq
 import pytest
 from conftest import MakeSpec, jpeg, read, write_shard
+from deltalake import DeltaTable, Field
+from deltalake.schema import PrimitiveType
 from rich.console import Console
 from stubs import POISON, load_dies, load_hash, load_loses_device, load_poison
 
 from capfilt.dataset import CuratedDataset
-from capfilt.errors import CapfiltError, ConflictError, ErrorBudgetError
+from capfilt.errors import CapfiltError, ConflictError, DatasetError, ErrorBudgetError
 from capfilt.fragments import Fragment
 from capfilt.pipelines.curate import Execute, Summary, curate, in_process
 from capfilt.pipelines.worker import Job, LoadModels
@@ -279,6 +281,23 @@ def test_a_changed_knob_is_redone(make_spec: MakeSpec, change: dict[str, Any], t
 
 
 # --- what is wrong ---
+
+
+@pytest.mark.usefixtures("web")
+@pytest.mark.parametrize("table", ["annotations", "pairs", "_runs/quarantine"])
+def test_an_output_of_another_version_stops_a_run_before_it_writes(make_spec: MakeSpec, web: Path, table: str) -> None:
+    """Its rows would lack columns that the new ones have, or the other way round."""
+    spec = make_spec()
+    run(spec)
+    DeltaTable(f"{spec.output}/{table}").alter.add_columns([Field("filter", PrimitiveType("string"))])
+    before = {path: path.stat().st_mtime_ns for path in Path(spec.output).rglob("*")}
+    write_shard(web / "00009.parquet", [jpeg(i) for i in range(10)])
+    message = (
+        rf"out/{table}: written by another version of capfilt, whose \w+ differ in filter\. Curate into a new output"
+    )
+    with pytest.raises(DatasetError, match=message):
+        run(spec)
+    assert {path: path.stat().st_mtime_ns for path in Path(spec.output).rglob("*")} == before
 
 
 @pytest.mark.usefixtures("web")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -20,12 +21,13 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import pytest
+from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from capfilt.dataset import DIRECTORIES, Counts, CuratedDataset, DataFile, Provenance, ShardCommit, ShardState
 from capfilt.errors import ConflictError, DatasetError
-from capfilt.schema import ANNOTATIONS, FILE_SCHEMAS, PAIRS, QUARANTINE, Reason, Status
+from capfilt.schema import ANNOTATIONS, FILE_SCHEMAS, PAIRS, QUARANTINE, Reason, Status, table_schema
 
 KEPT, DROPPED, ERROR = Status.KEPT, Status.DROPPED, Status.ERROR
 REASON = {KEPT: None, DROPPED: str(Reason.NO_MATCH), ERROR: str(Reason.CORRUPT_IMAGE)}
@@ -298,6 +300,37 @@ def test_a_foreign_table_is_refused(output: str) -> None:
             DatasetError, match="out/pairs: a Delta table, but not capfilt's pairs; give another output"
         ):
             way(output, {})
+
+
+_OLDER_TEXT = pa.struct({"source": pa.string(), "candidate": pa.int32(), "text": pa.string(), "itm": pa.float32()})
+OLDER = {
+    ANNOTATIONS: {"texts": pa.list_(_OLDER_TEXT), "captioner": pa.string(), "filter": pa.string()},
+    PAIRS: {"captions": pa.list_(pa.struct({"text": pa.string(), "source": pa.string(), "itm": pa.float32()}))},
+}
+"""Columns as they were when a run had one captioner and one filter."""
+
+
+@pytest.mark.parametrize("table", [ANNOTATIONS, PAIRS])
+def test_a_table_of_another_version_is_refused_and_left_as_it_is(output: str, table: str) -> None:
+    CuratedDataset.for_writing(output, {})
+    shutil.rmtree(f"{output}/{table}")
+    columns = {**{field.name: field.type for field in table_schema(table)}, **OLDER[table]}
+    DeltaTable.create(
+        f"{output}/{table}",
+        Schema.from_arrow(pa.schema(columns)),
+        partition_by=["shard"],
+        commit_properties=CommitProperties(app_transactions=[Transaction("capfilt", 0)]),
+    )
+    before = sorted(Path(output).rglob("*"))
+    names = ", ".join(sorted(OLDER[table]))
+    for way in (CuratedDataset.for_writing, CuratedDataset.for_reading, CuratedDataset.committed_in):
+        with pytest.raises(DatasetError) as caught:
+            way(output, {})
+        assert str(caught.value) == (
+            f"{output}/{table}: written by another version of capfilt, whose {table} differ in {names}. "
+            "Curate into a new output, or use the version that wrote this one"
+        )
+    assert sorted(Path(output).rglob("*")) == before
 
 
 def test_a_reader_cannot_write(output: str) -> None:
