@@ -34,19 +34,16 @@ import contextlib
 import copy
 import itertools
 import json
-import os
-import platform
 import resource
-import statistics
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from measuring import machine, matrix_product_rate, spread, wait
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  torch's own name for it
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -327,12 +324,6 @@ class Reference:
 # --- a worker: one side in a process ---
 
 
-def wait(device: str) -> None:
-    """For all that was asked of the device."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
 class Worker:
     """Answers the parent's requests, names of its methods, one at a time; between them it waits and uses no core."""
 
@@ -448,27 +439,6 @@ def warm_up(workers: dict[str, Remote], arguments: argparse.Namespace) -> dict[s
     return norms
 
 
-def matrix_product_rate(arguments: argparse.Namespace) -> float:
-    """FLOP/s, median of five; here and not in a worker, whose peak memory it would add to."""
-    cuda, dtype = arguments.device == "cuda", torch.bfloat16 if arguments.bf16 else torch.float32
-    side, products = (8192, 10) if cuda else (2048, 1)
-    a, b = (torch.randn(side, side, device=arguments.device, dtype=dtype) for _ in range(2))
-    seconds = []
-    for repeat in range(6):
-        wait(arguments.device)
-        begin = time.perf_counter()
-        for _ in range(products):
-            a @ b
-        wait(arguments.device)
-        if repeat:  # the first warms up
-            seconds.append((time.perf_counter() - begin) / products)
-    return 2 * side**3 / statistics.median(seconds)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def measure(workers: dict[str, Remote], arguments: argparse.Namespace) -> dict[str, Any]:
     """Steps in turn. Returns them, and what they come to by side."""
     sides = list(workers)
@@ -477,7 +447,7 @@ def measure(workers: dict[str, Remote], arguments: argparse.Namespace) -> dict[s
     for repeat in range(arguments.repeats):
         for side in sides if repeat % 2 == 0 else reversed(sides):
             steps[side].append(workers[side].ask("step"))
-        rates.append(matrix_product_rate(arguments))
+        rates.append(matrix_product_rate(arguments.device, torch.bfloat16 if arguments.bf16 else torch.float32))
         times = "  ".join(f"{side} {steps[side][-1]['s']:.3f} s (CPU {steps[side][-1]['cpu_s']:.2f})" for side in sides)
         print(f"  {times}  matrix product {rates[-1] / 1e12:.3f} TFLOP/s", flush=True)
     result: dict[str, Any] = {"steps": steps, "matrix_product_flop_per_s": rates, "sides": {}}
@@ -524,14 +494,6 @@ def compare(result: dict[str, Any]) -> dict[str, Any]:
     return ratios | {"largest_difference_of_timed_losses": gap, "met": met}
 
 
-def machine(device: str) -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if "model name" in line]
-    found = {"cpu": (models or [platform.processor()])[0], "cores": os.cpu_count(), "load": os.getloadavg()}
-    found["simd"] = torch.backends.cpu.get_cpu_capability()
-    return found | ({"gpu": torch.cuda.get_device_name()} if device == "cuda" else {})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the results there too")
@@ -555,8 +517,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     chosen = {name: value for name, value in vars(arguments).items() if name not in ("json", "side")}
     result: dict[str, Any] = {"machine": machine(arguments.device), "arguments": chosen}
-    result["versions"] = {name: version(name) for name in ("torch", "transformers")}
-    print(result["machine"], result["versions"])
+    print(result["machine"])
     print(
         f"{arguments.arch}, batch {arguments.batch}, {arguments.image_size} px, {arguments.tokens} tokens, "
         f"dropout {arguments.dropout} on both sides, {'bfloat16 autocast' if arguments.bf16 else 'float32'}, "

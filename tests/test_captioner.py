@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfig, BlipVisionConfig
 
 from capfilt.errors import CheckpointError, SpecError
+from capfilt.models import sampling as draws
 from capfilt.models.blip import CaptioningNetwork, initialise
 from capfilt.models.captioner import Captioner
 from capfilt.models.checkpoints import quiet
@@ -100,7 +101,7 @@ def test_a_candidate_does_not_know_how_many_there_are(
     assert all(len(set(own)) == 5 for own in five)
 
 
-@pytest.mark.parametrize("candidates", [1, 4])
+@pytest.mark.parametrize("candidates", [1, 4, 20])
 @pytest.mark.parametrize("tie_tolerance", [0.0, 0.02])
 def test_an_image_is_seen_once_and_candidates_are_written_together(
     checkpoint: Path, images: Tensor, shas: list[str], candidates: int, tie_tolerance: float
@@ -119,16 +120,27 @@ def test_an_image_is_seen_once_and_candidates_are_written_together(
     assert sum(seen) == sum(looked) == 24 + writer.rewritten  # keys and values of an image are projected once
     prompt = len(writer._rules.prompt)
     prompted = [rows for rows, tokens in read if tokens == prompt]  # once for all candidates of an image
-    assert sorted(prompted, reverse=True) == [8 // candidates] * (3 * candidates) + [1] * writer.rewritten
-    assert {rows for rows, tokens in read if tokens == 1} == ({8, 1} if writer.rewritten else {8})
+    together = [8] * 3 if candidates < 20 else [3, 3, 2] * 3  # 8 texts for each image of a batch, at the most
+    assert sorted(prompted, reverse=True) == sorted(together, reverse=True) + [1] * writer.rewritten
+    assert max(rows for rows, tokens in read if tokens == 1) == max(together) * candidates
     assert prompt > 1
 
 
 def test_a_row_beside_no_other_is_not_yet_alone(checkpoint: Path, images: Tensor, shas: list[str]) -> None:
     """Its image went through the network with another: only an image and a candidate without company are exact."""
-    writer = captioner(checkpoint, Sampling(candidates=3, max_tokens=9), 1e9, batch_size=2)  # candidates by 2 and 1
+    writer = captioner(checkpoint, Sampling(candidates=17, max_tokens=9), 1e9, batch_size=2)  # candidates by 16 and 1
     writer.caption(images[:4], shas[:4])
-    assert writer.rewritten == 12
+    assert writer.rewritten == 4 * 17
+
+
+def test_a_nucleus_wider_than_the_race(
+    checkpoint: Path, images: Tensor, shas: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many tokens race changes no caption: where more may be in the nucleus, they do."""
+    sampling = Sampling(candidates=2, max_tokens=9, temperature=2.0)
+    expected = captioner(checkpoint, sampling).caption(images[:20], shas[:20])
+    monkeypatch.setattr(draws, "WIDTH", 2)
+    assert captioner(checkpoint, sampling).caption(images[:20], shas[:20]) == expected
 
 
 def test_what_a_caption_depends_on(

@@ -16,6 +16,7 @@ from transformers import BlipConfig, BlipForConditionalGeneration, BlipTextConfi
 from capfilt.models import decoding
 from capfilt.models.blip import CaptioningNetwork, fill
 from capfilt.models.checkpoints import quiet
+from capfilt.models.sampling import row_key
 from capfilt.spec import Sampling
 
 torch.set_num_threads(1)
@@ -120,7 +121,7 @@ class Automaton:
     def __init__(self, table_SV: Tensor, state_R: Tensor) -> None:
         self.table_SV, self.state_R = table_SV, state_R
 
-    def __call__(self, token_R: Tensor, rows_R: Tensor | None = None) -> Tensor:
+    def __call__(self, token_R: Tensor, rows_R: Tensor | None = None, _images: Tensor | None = None) -> Tensor:
         state_R = self.state_R if rows_R is None else self.state_R[rows_R]
         self.state_R = self.after(state_R, token_R)
         return self.table_SV[self.state_R]
@@ -171,6 +172,38 @@ def test_one_beam_is_greedy(seed: int, words: int, shortest: int) -> None:
     keep = small(words, 6, shortest)
     one = decoding.beam(table[starts], Automaton(table, starts), keep, 1)
     assert one == decoding.greedy(table[starts], Automaton(table, starts), keep)
+
+
+@pytest.mark.parametrize("each", [1, 3])
+def test_texts_that_are_done_leave_with_their_images(monkeypatch: pytest.MonkeyPatch, each: int) -> None:
+    """What is written is the same whether they leave at once or never; rows and images stay those of each other."""
+    table, _ = tables(5, 9)
+    table[:, 0] += 2  # texts end, some early
+    starts = torch.arange(12)
+    keep = small(9, 10)._replace(sampling=Sampling(max_tokens=10, min_tokens=0, repetition_penalty=1.3))
+    keys = [row_key(0, bytes([image]) * 32, candidate) for image in range(12) for candidate in range(each)]
+
+    class Watched(Automaton):
+        images = torch.arange(12)
+
+        def __call__(self, token_R: Tensor, rows_R: Tensor | None = None, images_B: Tensor | None = None) -> Tensor:
+            self.images = self.images if images_B is None else self.images[images_B]
+            sizes.append((len(token_R), len(self.images)))
+            return super().__call__(token_R, rows_R, images_B)
+
+    written = {}
+    for worth in (1.0, 0.75, 0.0):  # of the rows, at most so many are left when some leave
+        monkeypatch.setattr(decoding, "_WORTH", worth)
+        sizes: list[tuple[int, int]] = []
+        written[worth] = decoding.sample(table[starts], Watched(table, starts), keep, keys, 0.0, 9)
+        if worth:
+            assert len({rows for rows, _ in sizes}) > 2
+            assert sizes[-1][1] < 12
+        else:
+            assert {rows for rows, _ in sizes} == {12 * each}
+        assert all(rows % images == 0 for rows, images in sizes)
+    assert written[1.0] == written[0.75] == written[0.0]
+    assert len({len(ids) for ids in written[0.0][0]}) > 4
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

@@ -109,7 +109,7 @@ def test_both_decisions_occur(checkpoint: Path, images: Tensor) -> None:
     assert all(0 <= score.itm <= 1 and -1 <= score.itc <= 1 for score in scores)
 
 
-@pytest.mark.parametrize(("texts", "batches"), [(1, [4, 2]), (2, [4, 4, 4]), (3, [3] * 6), (9, [4, 4, 1] * 6)])
+@pytest.mark.parametrize(("texts", "batches"), [(1, [4, 2]), (3, [12, 6]), (9, [27, 9, 18]), (40, [32, 8] * 6)])
 def test_an_image_is_seen_once_and_texts_are_judged_together(
     checkpoint: Path, images: Tensor, texts: int, batches: list[int]
 ) -> None:
@@ -127,6 +127,24 @@ def test_an_image_is_seen_once_and_texts_are_judged_together(
     assert seen == [4, 2]  # the image without texts is not seen
     assert sum(looked) == 6  # keys and values of an image are projected once
     assert read == [size for size in batches for _ in range(2)]  # with the image, and alone
+
+
+def test_texts_of_other_lengths_are_read_apart(checkpoint: Path, images: Tensor) -> None:
+    """A long web text does not pad the captions beside it, and images with long texts go together."""
+    judge = itm_filter(checkpoint, batch_size=4)
+    read: list[tuple[int, ...]] = []
+    judge._blip.model.text_encoder.register_forward_pre_hook(lambda _module, args: read.append(tuple(args[0].shape)))
+    short, long = "a dog", "a dog " * 15
+    texts = [[long, short], [short, short], [short, long], [short, short]]
+    scores = judge.score(images[:4], texts)
+    assert read[::2] == [(4, 4), (4, 32)]  # the shorter text of each image, then the longer
+    read.clear()
+    judge = itm_filter(checkpoint, batch_size=2)
+    judge._blip.model.text_encoder.register_forward_pre_hook(lambda _module, args: read.append(tuple(args[0].shape)))
+    again = judge.score(images[:4], texts)
+    assert read[::2] == [(4, 4), (2, 4), (2, 32)]
+    torch.testing.assert_close(torch.tensor(scores), torch.tensor(again), rtol=0, atol=1e-5)
+    assert scores[0][0] == pytest.approx(judge.score(images[:1], [[long]])[0][0], abs=1e-5)  # and each its own
 
 
 def test_nothing_to_judge(checkpoint: Path, images: Tensor) -> None:

@@ -10,16 +10,27 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from capfilt.models.sampling import adjust, draw, gumbel, row_key
+from capfilt.models.sampling import Draws, adjust, gumbel, row_key
+from capfilt.models.sampling import draw as draw_among
 from capfilt.spec import Sampling
 
 torch.set_num_threads(1)
-CPU = torch.device("cpu")
 SHA = hashlib.sha256(b"image").hexdigest()
 
 
 def keys(count: int, seed: int = 0) -> list[tuple[int, int]]:
     return [row_key(seed, SHA, candidate) for candidate in range(count)]
+
+
+def noise_of(keys: list[tuple[int, int]], step: int, vocabulary: int) -> Tensor:
+    """Every token's."""
+    return gumbel(torch.tensor(keys), step, torch.arange(vocabulary).expand(len(keys), -1))
+
+
+def draw(logits: Tensor, noise: Tensor, top_k: int, top_p: float, tolerance: float, width: int | None = None) -> Draws:
+    """With a whole table of noise; all tokens race if no width is given."""
+    width = width or logits.shape[1]
+    return draw_among(logits, lambda token: noise.gather(1, token), top_k, top_p, tolerance, width)
 
 
 def random_logits(rows: int, vocabulary: int, seed: int, scale: float = 2.0) -> Tensor:
@@ -36,20 +47,20 @@ def test_splitmix64() -> None:
 
     assert mix(0x9E3779B97F4A7C15) == 0xE220A8397B1DCDAF
     uniform = ((mix(0xE220A8397B1DCDAF) >> 12) + 0.5) * 2**-52
-    assert gumbel([(0, 0)], 0, 1, CPU).item() == pytest.approx(-math.log(-math.log(uniform)), rel=1e-15)
+    assert noise_of([(0, 0)], 0, 1).item() == pytest.approx(-math.log(-math.log(uniform)), rel=1e-15)
 
 
 def test_noise_is_the_rows_own() -> None:
     four = keys(4)
-    whole = gumbel(four, 3, 50, CPU)
-    assert torch.equal(gumbel(four[2:3], 3, 50, CPU), whole[2:3])
-    assert torch.equal(gumbel(four, 3, 20, CPU), whole[:, :20])
-    assert torch.equal(gumbel(four[::-1], 3, 50, CPU), whole.flip(0))
-    assert not torch.isclose(gumbel(four, 4, 50, CPU), whole).any()
+    whole = noise_of(four, 3, 50)
+    assert torch.equal(noise_of(four[2:3], 3, 50), whole[2:3])
+    assert torch.equal(noise_of(four, 3, 20), whole[:, :20])
+    assert torch.equal(noise_of(four[::-1], 3, 50), whole.flip(0))
+    assert not torch.isclose(noise_of(four, 4, 50), whole).any()
 
 
 def test_noise_is_gumbel() -> None:
-    noise = gumbel(keys(200), 1, 5000, CPU).flatten()
+    noise = noise_of(keys(200), 1, 5000).flatten()
     assert noise.isfinite().all()
     assert noise.mean().item() == pytest.approx(0.5772157, abs=0.005)
     assert noise.var().item() == pytest.approx(math.pi**2 / 6, abs=0.015)
@@ -114,7 +125,7 @@ def test_frequencies(top_k: int, top_p: float) -> None:
     logits = random_logits(1, 12, 5, scale=1.0)
     kept = TopKLogitsWarper(top_k)(None, logits) if top_k else logits
     expected = (TopPLogitsWarper(top_p)(None, kept) if top_p < 1 else kept).softmax(-1)[0] * 40_000
-    token = draw(logits.expand(40_000, -1), gumbel(keys(40_000), 2, 12, CPU), top_k, top_p, 0).token
+    token = draw(logits.expand(40_000, -1), noise_of(keys(40_000), 2, 12), top_k, top_p, 0).token
     counts = torch.bincount(token, minlength=12)
     assert (counts[expected == 0] == 0).all()
     seen = expected > 0
@@ -132,7 +143,7 @@ def test_frequencies(top_k: int, top_p: float) -> None:
 def test_an_untied_draw_survives_any_error_of_the_tolerance(seed: int, top_k: int, top_p: float, scale: float) -> None:
     tolerance = 0.05
     logits = random_logits(200, 25, seed, scale)
-    noise = gumbel(keys(200), seed, 25, CPU)
+    noise = noise_of(keys(200), seed, 25)
     drawn = draw(logits, noise, top_k, top_p, tolerance)
     generator = torch.Generator().manual_seed(seed + 1)
     for _ in range(5):
@@ -144,7 +155,7 @@ def test_an_untied_draw_survives_any_error_of_the_tolerance(seed: int, top_k: in
 def test_ties_are_few_and_real() -> None:
     """Among 20,000 draws the tied ones are about as many as the tolerance says, and errors do change some of them."""
     tolerance = 0.02
-    logits, noise = random_logits(20_000, 100, 3), gumbel(keys(20_000), 0, 100, CPU)
+    logits, noise = random_logits(20_000, 100, 3), noise_of(keys(20_000), 0, 100)
     drawn = draw(logits, noise, 0, 0.9, tolerance)
     assert 0.2 * tolerance < drawn.tied.double().mean().item() < 3 * tolerance
     errors = (torch.rand(logits.shape, generator=torch.Generator().manual_seed(4)) - 0.5) * tolerance
@@ -155,16 +166,41 @@ def test_ties_are_few_and_real() -> None:
 
 def test_nothing_ties_without_tolerance() -> None:
     logits = torch.zeros(50, 10)  # all equal
-    assert not draw(logits, gumbel(keys(50), 0, 10, CPU), 3, 0.9, 0).tied.any()
+    assert not draw(logits, noise_of(keys(50), 0, 10), 3, 0.9, 0).tied.any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    width=st.integers(2, 40),
+    top_k=st.sampled_from([0, 3, 8]),
+    top_p=st.sampled_from([0.5, 0.9, 0.999]),
+    tolerance=st.sampled_from([0, 0.05]),
+    scale=st.sampled_from([0.0, 0.3, 3.0]),
+)
+def test_a_narrow_race_is_the_whole_one_or_says_so(
+    seed: int, width: int, top_k: int, top_p: float, tolerance: float, scale: float
+) -> None:
+    logits, noise = random_logits(100, 40, seed, scale), noise_of(keys(100), seed, 40)
+    narrow, whole = (draw(logits, noise, top_k, top_p, tolerance, some) for some in (width, 40))
+    assert not whole.wide.any()
+    valid = ~narrow.wide
+    for ours, theirs in ((narrow.token, whole.token), (narrow.tied, whole.tied)):
+        assert torch.equal(ours[valid], theirs[valid])
+
+
+def test_a_nucleus_is_wide_where_it_is() -> None:
+    logits = torch.stack([torch.zeros(50), torch.arange(50.0) * 2])
+    assert draw(logits, noise_of(keys(2), 0, 50), 0, 0.9, 0, width=10).wide.tolist() == [True, False]
+    assert draw(logits, noise_of(keys(2), 0, 50), 5, 0.9, 0, width=2).wide.tolist() == [True, False]  # all are 5th
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_logits_that_are_not_numbers(bad: float) -> None:
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 0.9), (0, 1.0), (3, 0.9), (3, 1.0)])
+def test_logits_that_are_not_numbers(bad: float, top_k: int, top_p: float) -> None:
     logits = random_logits(3, 10, 0)
     logits[1] = bad
-    with pytest.raises(FloatingPointError):
-        draw(logits, gumbel(keys(3), 0, 10, CPU), 0, 0.9, 0)
+    assert draw(logits, noise_of(keys(3), 0, 10), top_k, top_p, 0).broken.tolist() == [False, True, False]
     if math.isnan(bad):
         logits[1, 1:] = 0
-        with pytest.raises(FloatingPointError):
-            draw(logits, gumbel(keys(3), 0, 10, CPU), 0, 0.9, 0)
+        assert draw(logits, noise_of(keys(3), 0, 10), top_k, top_p, 0, 4).broken.tolist() == [False, True, False]

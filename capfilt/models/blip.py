@@ -32,6 +32,9 @@ TIED = {
 _WORTH_COMPUTING_AGAIN = 2 * 2**20
 """Bytes of activations; what takes less is kept for the way back: memory is not what a small network lacks."""
 
+TEXTS_AN_IMAGE = 8
+"""Texts in the network at a time, for each image of a batch: they take far less memory than their image does."""
+
 
 class Keys(NamedTuple):
     """Keys and values of one attention: [B, H, T, E] each."""

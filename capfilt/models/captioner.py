@@ -15,7 +15,7 @@ from torch import Tensor
 from capfilt.errors import CheckpointError
 from capfilt.models import decoding
 from capfilt.models import sampling as draws
-from capfilt.models.blip import CaptioningNetwork, Keys
+from capfilt.models.blip import TEXTS_AN_IMAGE, CaptioningNetwork, Keys
 from capfilt.models.checkpoints import Loaded, load
 from capfilt.spec import CaptionerCard, Sampling
 
@@ -53,7 +53,7 @@ class Captioner:
         """
         self._blip = load(card, device)
         self._sampling = sampling
-        self._batch_size = card.batch_size
+        self._batch_size, self._rows = card.batch_size, card.batch_size * TEXTS_AN_IMAGE
         self.image_size = card.image_size
         self.rewritten = 0
         # An error in a logit is stretched by the penalty and the temperature.
@@ -121,8 +121,8 @@ class Captioner:
         seen_BTW = self._blip.see(images_BCSS)
         k, captions = self._sampling.candidates, []
         for images, image in self._looks(seen_BTW, k):
-            for first in range(0, k, self._batch_size):  # more than one turn only if one image has so many candidates
-                candidates = range(first, min(first + self._batch_size, k))
+            for first in range(0, k, self._rows):  # more than one turn only if one image has so many candidates
+                candidates = range(first, min(first + self._rows, k))
                 rows = [(row, candidate) for row in images for candidate in candidates]
                 keys_R = [draws.row_key(self._sampling.seed, sha256[row], candidate) for row, candidate in rows]
                 alone = len(seen_BTW) == len(rows) == 1
@@ -132,11 +132,8 @@ class Captioner:
         return [captions[start : start + k] for start in range(0, len(captions), k)]
 
     def _looks(self, seen_BTW: Tensor, each: int) -> Iterator[tuple[range, list[Keys]]]:
-        """As many images at a time as have `batch_size` rows, `each` of one: which, and what their texts read of them.
-
-        Rows in the decoder at a time are bounded, and so is what is read: an image's is larger than its pixels.
-        """
-        few = max(1, self._batch_size // each)
+        """As many images at a time as have the most rows, `each` of one: which, and what their texts read of them."""
+        few = max(1, self._rows // each)
         for start in range(0, len(seen_BTW), few):
             some_BTW = seen_BTW[start : start + few]
             yield range(start, start + len(some_BTW)), self._blip.model.text_decoder.bert.look(some_BTW)
@@ -150,8 +147,13 @@ class Captioner:
     def _write(
         self, image: list[Keys], keys_R: Sequence[tuple[int, int]], tolerance: float
     ) -> tuple[list[list[int]], list[bool]]:
-        begun = decoding.begin(self._blip.model.text_decoder, image, self._rules)
-        return decoding.sample(*begun, self._rules, keys_R, tolerance)
+        width, vocabulary = draws.WIDTH, len(self._rules.banned_V)
+        while True:
+            begun = decoding.begin(self._blip.model.text_decoder, image, self._rules)
+            written = decoding.sample(*begun, self._rules, keys_R, tolerance, width)
+            if written is not None:
+                return written
+            width = min(8 * width, vocabulary)  # the first step or two tell: little is written in vain
 
     def _text(self, ids: list[int]) -> str:
         text: str = self._blip.tokenizer.decode(ids, skip_special_tokens=True)

@@ -7,6 +7,7 @@ L  new tokens    V  vocabulary    H  heads    T  image tokens    E  width of a h
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,6 +17,14 @@ from torch.nn.functional import pad
 from capfilt.models import sampling as draws
 from capfilt.models.blip import Cache, Keys, TextDecoder
 from capfilt.spec import Sampling
+
+_STEPS_UNSEEN = 4
+"""Steps on a GPU between looks at what has ended: a look makes the device wait for the host."""
+
+_WORTH = 0.75
+"""Rows leave when at most so many of them would be left: what stays is copied, of an image all that its texts read."""
+
+_NOT_FINITE = "the captioner's logits are not finite"
 
 
 class Rules(NamedTuple):
@@ -38,12 +47,13 @@ class Rules(NamedTuple):
 class Follow(Protocol):
     """Goes on with texts."""
 
-    def __call__(self, token_R: Tensor, rows_R: Tensor | None = None) -> Tensor:
+    def __call__(self, token_R: Tensor, rows_R: Tensor | None = None, images_B: Tensor | None = None) -> Tensor:
         """Give every row its next token.
 
         Args:
             rows_R: first take these rows, in this order; a row may come twice. Those of an image stay side by side, as
                 many of each. As they are if not given.
+            images_B: and these images, where rows of some are left out.
 
         Returns:
             Logits [R, V] of what comes then.
@@ -60,14 +70,17 @@ def begin(decoder: TextDecoder, image: Sequence[Keys], rules: Rules) -> tuple[Te
     Returns:
         Logits [B, V] after the prompt, and what goes on from there for `sampling.max_tokens` tokens.
     """
-    images, like = len(image[0].keys), image[0].keys
+    images, like, shown = len(image[0].keys), image[0].keys, image
     cache = Cache(decoder.bert.config, images, len(rules.prompt) + rules.sampling.max_tokens, like)
 
     def read(ids_RL: Tensor) -> Tensor:
-        hidden_RLD = decoder.bert(ids_RL, image=image, causal=True, cache=cache)
+        hidden_RLD = decoder.bert(ids_RL, image=shown, causal=True, cache=cache)
         return decoder.logits(hidden_RLD[:, -1:])[:, 0]
 
-    def follow(token_R: Tensor, rows_R: Tensor | None = None) -> Tensor:
+    def follow(token_R: Tensor, rows_R: Tensor | None = None, images_B: Tensor | None = None) -> Tensor:
+        nonlocal shown
+        if images_B is not None:
+            shown = [Keys(layer.keys[images_B], layer.values[images_B]) for layer in shown]
         if rows_R is not None:
             cache.select(rows_R)
         return read(token_R[:, None])
@@ -76,29 +89,29 @@ def begin(decoder: TextDecoder, image: Sequence[Keys], rules: Rules) -> tuple[Te
 
 
 def sample(
-    logits_BV: Tensor, follow: Follow, rules: Rules, keys_R: Sequence[tuple[int, int]], tolerance: float
-) -> tuple[list[list[int]], list[bool]]:
+    logits_BV: Tensor, follow: Follow, rules: Rules, keys_R: Sequence[tuple[int, int]], tolerance: float, width: int
+) -> tuple[list[list[int]], list[bool]] | None:
     """Draw texts with random numbers of their own.
 
     Args:
         logits_BV, follow: from :func:`begin`.
         keys_R: from :func:`capfilt.models.sampling.row_key`; K of an image side by side.
-        tolerance: see :func:`capfilt.models.sampling.draw`.
+        tolerance, width: see :func:`capfilt.models.sampling.draw`. The width has no say in what is written.
 
     Returns:
-        The rows' new ids, without the end; and which met a tie: those are unfinished.
+        The rows' new ids, without the end; and which met a tie: those are unfinished. None where a nucleus may be wider
+        than `width`: begin again, with more.
 
     Raises:
         FloatingPointError: logits are not finite.
     """
-    settings = rules.sampling
+    settings, key_R2 = rules.sampling, torch.tensor(keys_R, dtype=torch.int64, device=logits_BV.device).view(-1, 2)
 
-    def choose(logits_RV: Tensor, step: int) -> draws.Draws:
-        noise_RV = draws.gumbel(keys_R, step, logits_RV.shape[1], logits_RV.device)
-        return draws.draw(logits_RV, noise_RV, settings.top_k, settings.top_p, tolerance)
+    def choose(logits_RV: Tensor, text_R: Tensor, step: int) -> draws.Draws:
+        noise = partial(draws.gumbel, key_R2[text_R], step)
+        return draws.draw(logits_RV, noise, settings.top_k, settings.top_p, tolerance, width)
 
-    ids, tied_R = _write(logits_BV, follow, rules, len(keys_R) // len(logits_BV), choose)
-    return ids, tied_R.tolist()
+    return _write(logits_BV, follow, rules, len(keys_R) // len(logits_BV), choose)
 
 
 def greedy(logits_BV: Tensor, follow: Follow, rules: Rules) -> list[list[int]]:
@@ -114,40 +127,85 @@ def greedy(logits_BV: Tensor, follow: Follow, rules: Rules) -> list[list[int]]:
         FloatingPointError: logits are not finite.
     """
 
-    def choose(logits_RV: Tensor, _step: int) -> draws.Draws:
-        best_R, token_R = _finite(logits_RV).max(-1)
-        return draws.Draws(token_R, torch.zeros_like(best_R, dtype=torch.bool))
+    def choose(logits_RV: Tensor, _texts: Tensor, _step: int) -> draws.Draws:
+        best_R, token_R = logits_RV.max(-1)
+        no_R = torch.zeros_like(best_R, dtype=torch.bool)
+        return draws.Draws(token_R, no_R, no_R, ~torch.isfinite(best_R))  # a NaN is its row's maximum
 
-    return _write(logits_BV, follow, rules, 1, choose)[0]
+    written = _write(logits_BV, follow, rules, 1, choose)
+    assert written is not None  # no nucleus, none too wide
+    return written[0]
 
 
 def _write(
-    logits_BV: Tensor, follow: Follow, rules: Rules, each: int, choose: Callable[[Tensor, int], draws.Draws]
-) -> tuple[list[list[int]], Tensor]:
+    logits_BV: Tensor, follow: Follow, rules: Rules, each: int, choose: Callable[[Tensor, Tensor, int], draws.Draws]
+) -> tuple[list[list[int]], list[bool]] | None:
     """Write `each` texts an image until all have ended or are tied: their new ids without the end, and which are tied.
 
+    Texts that are done leave the batch where that is worth it. On a GPU the host looks at what happened every few steps
+    only, and the device never waits for it in between.
+
     Args:
-        choose: the rows' tokens, given their logits [R, V] and the number of tokens so far.
+        choose: the rows' tokens, given their logits [R, V], which texts they are, and the number of tokens so far.
     """
-    images, end = len(logits_BV), rules.end
-    rows_R = torch.arange(images, device=logits_BV.device).repeat_interleave(each)
-    logits_RV, used_RV = logits_BV[rows_R], _used(rules, len(rows_R))
-    ended_R = torch.zeros_like(rows_R, dtype=torch.bool)
-    tied_R = torch.zeros_like(ended_R)
-    new_RL: list[Tensor] = []
+    images, end, device = len(logits_BV), rules.end, logits_BV.device
+    every = 1 if device.type == "cpu" else _STEPS_UNSEEN
+    rows_R = torch.arange(images, device=device).repeat_interleave(each)
+    text_R = torch.arange(len(rows_R), device=device)
+    ids_NL = torch.full((len(rows_R), rules.sampling.max_tokens), end, device=device)
+    tied_N = torch.zeros(len(rows_R), dtype=torch.bool, device=device)
+    logits_RV, used_RV, done_R = logits_BV[rows_R], _used(rules, len(rows_R)), torch.zeros_like(tied_N)
+    trouble_2 = torch.zeros(2, dtype=torch.bool, device=device)  # broken, wide
+    moved = _Moved(rows_R) if each > 1 else _Moved()
     for step in range(rules.sampling.max_tokens):
         if step:
-            logits_RV = follow(new_RL[-1], rows_R if step == 1 and each > 1 else None)
+            logits_RV, moved = follow(ids_NL[text_R, step - 1], *moved), _Moved()
         logits_RV = draws.adjust(logits_RV, used_RV, rules.banned_V, end, step, rules.sampling)
-        drawn = choose(logits_RV, step)
-        tied_R |= drawn.tied & ~ended_R
-        token_R = torch.where(ended_R, end, drawn.token)
-        new_RL.append(token_R)
-        used_RV.scatter_(1, token_R[:, None], True)
-        ended_R |= token_R == end
-        if bool((ended_R | tied_R).all()):
+        drawn = choose(logits_RV, text_R, step)
+        trouble_2 |= (torch.stack([drawn.broken, drawn.wide]) & ~done_R).any(1)
+        tied_R = drawn.tied & ~done_R
+        token_R = torch.where(done_R, end, drawn.token)
+        ids_NL[text_R, step], used_RV = token_R, used_RV.scatter_(1, token_R[:, None], True)
+        tied_N[text_R] |= tied_R
+        done_R = done_R | tied_R | (token_R == end)
+        if (step + 1) % every and step + 1 < rules.sampling.max_tokens:
+            continue
+        (broken, wide), done_BK = _seen(trouble_2, done_R, each)
+        if broken:
+            raise FloatingPointError(_NOT_FINITE)
+        if wide:
+            return None
+        if done_BK.all():
             break
-    return _until_end(torch.stack(new_RL, 1), end), tied_R
+        if (still := _still(done_BK)) is not None:
+            rows_R, kept_B = (index.to(device) for index in still)
+            whole = len(kept_B) == len(done_BK)
+            text_R, used_RV, done_R, each = text_R[rows_R], used_RV[rows_R], done_R[rows_R], len(rows_R) // len(kept_B)
+            moved = _Moved(rows_R if moved.rows_R is None else moved.rows_R[rows_R], None if whole else kept_B)
+    return _until_end(ids_NL, end), tied_N.tolist()
+
+
+class _Moved(NamedTuple):
+    """What :class:`Follow` takes."""
+
+    rows_R: Tensor | None = None  # noqa: N815  the shape's suffix
+    images_B: Tensor | None = None  # noqa: N815
+
+
+def _seen(trouble_2: Tensor, done_R: Tensor, each: int) -> tuple[list[bool], Tensor]:
+    """Both on the host, in one transfer: as a list, and as bool [B, K]."""
+    seen = torch.cat([trouble_2, done_R]).cpu()
+    return seen[:2].tolist(), seen[2:].view(-1, each)
+
+
+def _still(done_BK: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Rows and images to go on with, as many rows of each image; None where too few would leave to be worth a copy."""
+    open_B = (~done_BK).sum(1)
+    images_B, most = open_B.nonzero()[:, 0], int(open_B.max())
+    if len(images_B) * most > _WORTH * done_BK.numel():
+        return None
+    first_BK = done_BK[images_B].int().argsort(stable=True, dim=1)[:, :most]  # those still open
+    return (images_B[:, None] * done_BK.shape[1] + first_BK).flatten(), images_B
 
 
 def beam(logits_BV: Tensor, follow: Follow, rules: Rules, beams: int, length_penalty: float = 1.0) -> list[list[int]]:
@@ -217,7 +275,7 @@ def _used(rules: Rules, rows: int) -> Tensor:
 
 def _finite(logits_RV: Tensor) -> Tensor:
     if not bool(torch.isfinite(logits_RV.amax(-1)).all()):  # a NaN is its row's maximum
-        raise FloatingPointError("the captioner's logits are not finite")
+        raise FloatingPointError(_NOT_FINITE)
     return logits_RV
 
 

@@ -8,18 +8,22 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from capfilt.models.blip import Keys
+from capfilt.models.blip import TEXTS_AN_IMAGE, Keys
 from capfilt.models.checkpoints import load
 from capfilt.models.tokenizer import padded, with_first
 from capfilt.spec import FilterCard
 
 _CHARACTERS_A_TOKEN = 100
 """WordPiece gives up on words longer than this (bert-base-uncased, max_input_chars_per_word): one [UNK] each."""
+
+_GROWTH = 1.5
+"""Texts of an image whose lengths differ by more are read apart."""
 
 
 class Score(NamedTuple):
@@ -32,6 +36,9 @@ class Score(NamedTuple):
 
     itm: float
     itc: float
+
+
+_UNSCORED = Score(float("nan"), float("nan"))
 
 
 class Tokens(NamedTuple):
@@ -74,7 +81,7 @@ class ItmFilter:
         self._blip.require_positions(card.max_tokens, "filter.max_tokens")
         self._first = self._blip.enc if card.first_token == "[ENC]" else self._blip.cls
         self._max_tokens = card.max_tokens
-        self._batch_size = card.batch_size
+        self._batch_size, self._rows = card.batch_size, card.batch_size * TEXTS_AN_IMAGE
         self.image_size = card.image_size
 
     def score(self, images_BCSS: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Score]]:
@@ -95,16 +102,21 @@ class ItmFilter:
         """
         if len(images_BCSS) != len(texts):
             raise ValueError(f"{len(images_BCSS)} images, texts of {len(texts)}")
-        scores: list[list[Score]] = [[] for _ in texts]
+        flat = [text for own in texts for text in own]
+        if not flat:
+            return [[] for _ in texts]
+        tokens, scores = self.tokens(flat), [_UNSCORED] * len(flat)
+        own_of = _runs([len(own) for own in texts])
         # Images with as many texts go together: texts side by side then read their image's keys without a copy.
-        judged = sorted((image for image, own in enumerate(texts) if own), key=lambda image: len(texts[image]))
+        judged = sorted(
+            (image for image, own in enumerate(texts) if own),
+            key=lambda image: (len(texts[image]), max(tokens.lengths[n] for n in own_of[image])),
+        )
         with torch.inference_mode():
-            for start in range(0, len(judged), self._batch_size):
-                batch = judged[start : start + self._batch_size]
-                judgements = self._score_batch(images_BCSS[batch], [texts[image] for image in batch])
-                for image, own in zip(batch, judgements, strict=True):
-                    scores[image] = own
-        return scores
+            for batch in _batched(judged, self._batch_size):
+                for text, score in self._score_batch(images_BCSS[batch], tokens, [own_of[image] for image in batch]):
+                    scores[text] = score
+        return [[scores[text] for text in own] for own in own_of]
 
     def embed_images(self, images_BCSS: Tensor) -> Tensor:
         """ITC's vectors of images, by the vision transformer alone: float32 [B, J] of length 1, on the CPU.
@@ -133,7 +145,7 @@ class ItmFilter:
         """
         network, parts = self._blip.model, []
         with torch.inference_mode():
-            for rows in _batched(range(len(tokens.lengths)), self._batch_size):
+            for rows in _batched(range(len(tokens.lengths)), self._rows):
                 ids_NL, mask_NL = _take(tokens, rows)
                 parts.append(network.embed_texts(network.text_encoder(with_first(ids_NL, self._blip.cls), mask_NL)))
             return _finite(torch.cat([part.cpu() for part in parts]))
@@ -171,7 +183,7 @@ class ItmFilter:
         order = sorted(range(len(wanted)), key=lambda n: tokens.lengths[wanted[n]])
         parts = [
             network.match(network.text_encoder(*_take(tokens, [wanted[n] for n in some]), image))[:, 1].float()
-            for some in _batched(order, self._batch_size)
+            for some in _batched(order, self._rows)
         ]
         logit_N = torch.empty(len(wanted))
         if parts:
@@ -187,35 +199,28 @@ class ItmFilter:
         ids_NL, mask_NL = self._tokens(texts)
         return Tokens(ids_NL, mask_NL, mask_NL.sum(1).tolist())
 
-    def _score_batch(self, images_BCSS: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Score]]:
-        """Judge images in ascending order of their number of texts."""
+    def _score_batch(
+        self, images_BCSS: Tensor, tokens: Tokens, wanted: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[int, Score]]:
+        """Judge images in ascending order of their number of texts; yields texts, as positions in `tokens`."""
         seen_BTW = self._blip.see(images_BCSS)
-        scores: list[list[Score]] = []
-        for some in _groups([len(own) for own in texts], self._batch_size):
+        for some in _groups([len(own) for own in wanted], self._rows):
             image = self._blip.model.text_encoder.look(seen_BTW[some])
             image_BJ = self._blip.model.embed_images(seen_BTW[some])
-            judged: list[list[Score]] = [[] for _ in texts[some]]
-            for first in range(0, len(texts[some][0]), self._batch_size):  # one turn, unless one image has so many
-                flat = [text for own in texts[some] for text in own[first : first + self._batch_size]]
-                flat_scores = self._score_texts(image, image_BJ, flat)
-                each = len(flat) // len(judged)
-                for number, own in enumerate(judged):
-                    own += flat_scores[number * each : (number + 1) * each]
-            scores += judged
-        return scores
+            by_length = [sorted(own, key=lambda text: tokens.lengths[text]) for own in wanted[some]]
+            longest = [max(tokens.lengths[text] for text in column) for column in zip(*by_length, strict=True)]
+            for columns in _buckets(longest, max(1, self._rows // len(by_length))):
+                texts = [text for own in by_length for text in own[columns]]
+                yield from zip(texts, self._score_texts(image, image_BJ, *_take(tokens, texts)), strict=True)
 
-    def _score_texts(self, image: Sequence[Keys], image_BJ: Tensor, texts: Sequence[str]) -> list[Score]:
+    def _score_texts(self, image: Sequence[Keys], image_BJ: Tensor, ids_NL: Tensor, mask_NL: Tensor) -> Iterator[Score]:
         """Judge N texts, those of an image side by side."""
-        ids_NL, mask_NL = self._tokens(texts)
         network = self._blip.model
         itm_N = network.match(network.text_encoder(ids_NL, mask_NL, image)).float().softmax(-1)[:, 1]
-        unimodal_NL = with_first(ids_NL, self._blip.cls)
-        text_NJ = network.embed_texts(network.text_encoder(unimodal_NL, mask_NL))
+        text_NJ = network.embed_texts(network.text_encoder(with_first(ids_NL, self._blip.cls), mask_NL))
         image_NJ = image_BJ.repeat_interleave(len(text_NJ) // len(image_BJ), 0)
         itc_N = (image_NJ * text_NJ).sum(-1).clamp(-1, 1)  # rounding may leave the range by 1e-7; NaN stays
-        if not bool(torch.isfinite(itm_N + itc_N).all()):
-            raise FloatingPointError("the filter's scores are not numbers")
-        return [Score(*pair) for pair in zip(itm_N.tolist(), itc_N.tolist(), strict=True)]
+        return map(Score, *_finite(torch.stack([itm_N, itc_N]).cpu()).tolist())
 
     def _tokens(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Ids [N, L] with the first token and [SEP], padded to the longest; mask, 1 where there is text."""
@@ -242,6 +247,22 @@ def _finite(values: Tensor) -> Tensor:
     if not bool(torch.isfinite(values).all()):
         raise FloatingPointError("the filter's scores are not numbers")
     return values
+
+
+def _runs(counts: Sequence[int]) -> list[range]:
+    """Consecutive positions, so many for each."""
+    stops = list(accumulate(counts, initial=0))
+    return [range(*run) for run in pairwise(stops)]
+
+
+def _buckets(longest: Sequence[int], most: int) -> Iterator[slice]:
+    """Cut ascending lengths where they have grown by half, and to at most `most`: little of what is read is padding."""
+    start = 0
+    for n, length in enumerate(longest):
+        if n - start == most or length > _GROWTH * longest[start]:
+            yield slice(start, n)
+            start = n
+    yield slice(start, len(longest))
 
 
 def _groups(counts: Sequence[int], most: int) -> Iterator[slice]:

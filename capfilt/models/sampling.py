@@ -1,13 +1,16 @@
 """Nucleus sampling whose random numbers belong to the row, not to the batch.
 
-R  rows: one candidate caption of one image each    V  vocabulary    P  prompt tokens    L  new tokens
+R  rows: one candidate caption of one image each    V  vocabulary    M  likeliest tokens, falling
 
 A token is drawn by a race (the Gumbel-max trick, Maddison et al., "A* Sampling", NeurIPS 2014, section 2): each token
 gets its logit plus a Gumbel variate, and the highest in the nucleus wins. That is sampling from the softmax. Unlike a
 walk along the cumulative distribution, it does not care about the order of near-equal probabilities, nor where the
 boundaries of a thousand small intervals lie: a rounding error can only change the draw if two tokens finish within it,
-or if the winner sits on the nucleus's edge. Those draws are recognised (:func:`draw`): a caption is the same in every
+or if one of them sits on the nucleus's edge. Those draws are recognised (:func:`draw`): a caption is the same in every
 batch, or known to be in doubt.
+
+Only the likeliest tokens race, and only they need random numbers: a nucleus is narrow, a vocabulary is not. One that
+may be wider is recognised, too. Nothing here looks at a value on the host: a step of decoding does not wait for it.
 
 The variates are counter-based: SplitMix64 (Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA
 2014) of (key of the row, step, token), in integers, so that any device draws the same bits.
@@ -16,11 +19,12 @@ The variates are counter-based: SplitMix64 (Steele, Lea, Flood, "Fast splittable
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from capfilt.spec import Sampling
 
@@ -31,6 +35,9 @@ Measured at base size, 384 px, random weights scaled to logits of std 3.9 (max 1
 of 1 to 4 images with 1 to 5 candidates, on a core of a Xeon with AVX-512: at most 1.8e-5 for a logit, 3.4e-5 for a
 difference. `pytest -m slow tests/test_captioner.py` measures it again.
 """
+
+WIDTH = 1024
+"""Likeliest tokens that race: enough for a trained captioner's nucleus of 0.9, of tens to a few hundred tokens."""
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -43,10 +50,14 @@ class Draws(NamedTuple):
     Attributes:
         token: int64 [R], the drawn tokens.
         tied: bool [R]; True where an error of the tolerance in the logits could have changed the draw.
+        wide: bool [R]; True where the nucleus may reach beyond the tokens that raced: the draw is not valid.
+        broken: bool [R]; True where a row has a NaN, or no finite logit: the draw is not valid.
     """
 
     token: Tensor
     tied: Tensor
+    wide: Tensor
+    broken: Tensor
 
 
 def row_key(seed: int, sha256: str | bytes, candidate: int) -> tuple[int, int]:
@@ -66,18 +77,20 @@ def row_key(seed: int, sha256: str | bytes, candidate: int) -> tuple[int, int]:
     return int.from_bytes(digest[:8], "little", signed=True), int.from_bytes(digest[8:], "little", signed=True)
 
 
-def gumbel(keys_R: Sequence[tuple[int, int]], step: int, vocabulary: int, device: torch.device) -> Tensor:
+def gumbel(key_R2: Tensor, step: int, token_RM: Tensor) -> Tensor:
     """Standard Gumbel variates of one step.
 
+    Args:
+        key_R2: int64, from :func:`row_key`.
+        token_RM: int64, tokens in question.
+
     Returns:
-        float64 [R, V], finite. Entry (r, v) depends on the key of r, the step and v alone.
+        float64 [R, M], finite. Entry (r, m) depends on the key of r, the step and the token alone.
     """
-    key_R2 = torch.tensor(keys_R, dtype=torch.int64, device=device).view(-1, 2)
-    count_V = torch.arange(vocabulary, dtype=torch.int64, device=device) + (step << 32) + 1
-    bits_RV = _mix(key_R2[:, :1] + count_V * _signed(_GOLDEN))
-    bits_RV = _mix(bits_RV ^ key_R2[:, 1:])  # the second half of the key: no two rows are shifts of one sequence
-    uniform_RV = _shift(bits_RV, 12).double().add_(0.5).mul_(2.0**-52)  # 52 bits: exact, never 0, never 1
-    return uniform_RV.log_().neg_().log_().neg_()
+    bits_RM = _mix(key_R2[:, :1] + (token_RM + ((step << 32) + 1)) * _signed(_GOLDEN))
+    bits_RM = _mix(bits_RM ^ key_R2[:, 1:])  # the second half of the key: no two rows are shifts of one sequence
+    uniform_RM = _shift(bits_RM, 12).double().add_(0.5).mul_(2.0**-52)  # 52 bits: exact, never 0, never 1
+    return uniform_RM.log_().neg_().log_().neg_()
 
 
 def adjust(logits_RV: Tensor, used_RV: Tensor, banned_V: Tensor, eos: int, step: int, sampling: Sampling) -> Tensor:
@@ -102,7 +115,9 @@ def adjust(logits_RV: Tensor, used_RV: Tensor, banned_V: Tensor, eos: int, step:
     return logits_RV / sampling.temperature
 
 
-def draw(logits_RV: Tensor, noise_RV: Tensor, top_k: int, top_p: float, tolerance: float) -> Draws:
+def draw(
+    logits_RV: Tensor, noise: Callable[[Tensor], Tensor], top_k: int, top_p: float, tolerance: float, width: int
+) -> Draws:
     """Draw a token for every row from its nucleus.
 
     The nucleus is every token with less than `top_p` of probability above it (Holtzman et al., ICLR 2020, section 3.1),
@@ -110,64 +125,64 @@ def draw(logits_RV: Tensor, noise_RV: Tensor, top_k: int, top_p: float, toleranc
 
     Args:
         logits_RV: float32, -inf for tokens that are out; from :func:`adjust`.
-        noise_RV: float64, from :func:`gumbel`.
+        noise: of tokens int64 [R, M], float64 [R, M]; from :func:`gumbel`.
         tolerance: nats by which the difference of two logits may be wrong; 0 ties nothing.
-
-    Raises:
-        FloatingPointError: a row has no finite logit, or a NaN.
+        width: tokens that race, 2 or more; more than `top_k` in any case, and all if there is no limit.
     """
-    rows = len(logits_RV)
-    highest_R = logits_RV.amax(-1)
-    if not bool(torch.isfinite(highest_R).all()):  # a NaN is its row's maximum
-        raise FloatingPointError("the captioner's logits are not finite")
-    tied_R = torch.zeros(rows, dtype=torch.bool, device=logits_RV.device)
-    if 0 < top_k < logits_RV.shape[1]:
-        logits_RV, tied_R = _top_k(logits_RV, top_k, tolerance)
-    token_R = torch.zeros(rows, dtype=torch.int64, device=logits_RV.device)
-    # Race all tokens. A winner outside the nucleus is struck out with every token not above it, and the rest race
-    # again: the first to win from inside is the nucleus's own winner. About 1 / top_p rounds, and no sort.
-    open_R = torch.arange(rows, device=logits_RV.device)
-    probability_RV = logits_RV.double().softmax(-1)
-    race_RV = logits_RV + noise_RV
-    while len(open_R):
-        (first_R, second_R), (winner_R, _) = (part.unbind(-1) for part in race_RV.topk(2))
-        level_R1 = logits_RV.gather(1, winner_R[:, None])
-        inside_R, unsure_R = _inside(logits_RV, probability_RV, winner_R[:, None], level_R1, top_p, tolerance)
-        token_R[open_R] = winner_R
-        tied_R[open_R] |= unsure_R | (inside_R & (first_R - second_R < tolerance))
-        again = ~(inside_R | tied_R[open_R])
-        open_R, logits_RV, probability_RV = open_R[again], logits_RV[again], probability_RV[again]
-        race_RV = race_RV[again].masked_fill(logits_RV <= level_R1[again], -torch.inf)
-    return Draws(token_R, tied_R)
+    rows, vocabulary = logits_RV.shape
+    limited = 0 < top_k < vocabulary
+    if top_p >= 1 and not limited:  # the nucleus is everything: no order is needed
+        best_RM, token_RM = logits_RV, torch.arange(vocabulary, device=logits_RV.device).expand(rows, -1)
+    else:
+        best_RM, token_RM = logits_RV.topk(min(max(width, top_k + 1 if limited else 0), vocabulary))
+    broken_R = ~torch.isfinite(best_RM.amax(-1))  # a NaN is its row's maximum
+    doubtful_R = torch.zeros_like(broken_R)
+    if limited:
+        best_RM, doubtful_R = _top_k(best_RM, top_k, tolerance)
+    may_RM = must_RM = torch.isfinite(best_RM)
+    if top_p < 1:
+        total_R1 = (best_RM if limited else logits_RV).logsumexp(-1, keepdim=True)
+        near_RM, sure_RM = _nucleus(best_RM, total_R1, top_p, tolerance)
+        may_RM, must_RM = may_RM & near_RM, must_RM & sure_RM
+    unseen_RM = may_RM & (best_RM - tolerance <= best_RM[:, -1:])  # tokens that did not race may be as near
+    wide_R = unseen_RM.any(-1) & (best_RM.shape[1] < vocabulary)
+    race_RM = torch.where(may_RM, best_RM + noise(token_RM), -torch.inf)
+    first_R2, place_R2 = race_RM.topk(2)
+    winner_R1 = place_R2[:, :1]
+    close_R = first_R2[:, 0] - first_R2[:, 1] < tolerance
+    edge_R = ~must_RM.gather(1, winner_R1)[:, 0]
+    return Draws(token_RM.gather(1, winner_R1)[:, 0], doubtful_R | close_R | edge_R, wide_R, broken_R)
 
 
-def _inside(
-    logits_RV: Tensor, probability_RV: Tensor, winner_R1: Tensor, level_R1: Tensor, top_p: float, tolerance: float
-) -> tuple[Tensor, Tensor]:
-    """Whether each winner is in the nucleus, and whether an error of the tolerance could change that."""
+def _nucleus(best_RM: Tensor, total_R1: Tensor, top_p: float, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Which tokens may be in the nucleus if logits are off by the tolerance, and which are in it even so.
 
-    def mass(above_RV: Tensor) -> Tensor:
-        return torch.where(above_RV, probability_RV, 0.0).sum(-1)
+    Args:
+        best_RM: falling.
+        total_R1: logarithm of the sum of all exponentials.
+    """
+    probability_RM = (best_RM.double() - total_R1).exp()
+    mass_RN = pad(probability_RM.cumsum(-1), (1, 0))  # of the n likeliest
+    rising_RM = -best_RM
 
-    if top_p >= 1:
-        inside_R = torch.ones(len(logits_RV), dtype=torch.bool, device=logits_RV.device)
-        return inside_R, torch.zeros_like(inside_R)
-    inside_R = mass(logits_RV > level_R1) < top_p
+    def above(level_RM: Tensor, *, or_at: bool = False) -> Tensor:
+        return mass_RN.gather(1, torch.searchsorted(rising_RM, (-level_RM).contiguous(), right=or_at))
+
     if tolerance == 0:
-        return inside_R, torch.zeros_like(inside_R)
+        inside_RM = above(best_RM) < top_p
+        return inside_RM, inside_RM
     # Logits off by at most t / 2 each change the log-odds of any set by at most t, so its probability by at most t / 4.
     slack = tolerance / 4
-    most_R = mass((logits_RV >= level_R1 - tolerance).scatter(1, winner_R1, False)) + slack
-    least_R = mass(logits_RV > level_R1 + tolerance) - slack
-    return inside_R, (least_R < top_p) & (most_R >= top_p)
+    least_RM = above(best_RM + tolerance) - slack
+    most_RM = above(best_RM - tolerance, or_at=True) - probability_RM + slack
+    return least_RM < top_p, most_RM < top_p
 
 
-def _top_k(logits_RV: Tensor, top_k: int, tolerance: float) -> tuple[Tensor, Tensor]:
-    """Strike out all but the k most likely; tied where the k-th and the next are too close to tell."""
-    best_RK = logits_RV.topk(top_k + 1).values
-    last_R1, next_R1 = best_RK[:, -2:-1], best_RK[:, -1:]
-    close_R1 = torch.isfinite(next_R1) & (last_R1 - next_R1 < tolerance)
-    return logits_RV.masked_fill(logits_RV < last_R1, -torch.inf), close_R1.squeeze(-1)
+def _top_k(best_RM: Tensor, top_k: int, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Strike out all but the k likeliest, and their equals; in doubt where the k-th and the next are close."""
+    last_R1, next_R1 = best_RM[:, top_k - 1 : top_k], best_RM[:, top_k : top_k + 1]
+    close_R = (torch.isfinite(next_R1) & (last_R1 - next_R1 < tolerance)).squeeze(-1)
+    return best_RM.masked_fill(best_RM < last_R1, -torch.inf), close_R
 
 
 def _mix(z: Tensor) -> Tensor:

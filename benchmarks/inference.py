@@ -1,0 +1,301 @@
+"""Captions and scores of resized images: capfilt against transformers, same weights, images, lengths and threads.
+
+    python benchmarks/inference.py [--candidates 1 8] [--tokens 16] [--images 8] [--repeats 3] [--json FILE]
+
+Every image gets k captions of exactly `--tokens` new tokens (nucleus 0.9, repetition penalty 1.1), then they and a web
+text of ten words are matched with it. Three sides take turns in one process:
+
+    ours         Captioner.caption and ItmFilter.score, as a run calls them; ITC is computed, too
+    documented   as transformers' pages show: `BlipForConditionalGeneration.generate` over the batch, then
+                 `BlipForImageTextRetrieval` on each image-text pair, a batch of pairs at a time
+    hand-tuned   the same `generate`, but the filter's vision transformer runs once an image, and its text encoder over
+                 all pairs at once
+
+Weights are random at real size (speed does not depend on them), scaled so that captions have a trained model's entropy.
+First the sides must agree: greedy captions token by token, and match probabilities within 1e-4.
+
+Ratios are medians over the repeats, with the smallest and largest. *Floor* counts the matrix products of ours (FLOPs, 2
+for a multiply and add) and gives their rate as a part of square matrices' of side 2,048, measured between the repeats.
+
+Targets at base size, 384 px, on a CPU: k = 1 at least 1.6 x documented and 1.2 x hand-tuned; k = 8 at least 4.5 x and
+2 x; at least 85% of the matrix product's rate; k = 8 at most 1.35 x the time of k = 1 (with `--tokens 20`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from measuring import machine, matrix_product_rate, shown, spread
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
+
+from capfilt.models.blip import CaptioningNetwork, RetrievalNetwork
+from capfilt.models.captioner import Captioner
+from capfilt.models.checkpoints import quiet, save
+from capfilt.models.initial import blip_config
+from capfilt.models.itm import ItmFilter
+from capfilt.models.preprocess import normalise
+from capfilt.models.tokenizer import bert_tokenizer, padded
+from capfilt.spec import ARCHITECTURES, CaptionerCard, FilterCard, LocalCheckpoint, Sampling
+
+PROMPT = "a picture of "
+WORDS = 30_522
+SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+TOLERANCE = 1e-4
+TARGETS = {"documented": {1: 1.6, 8: 4.5}, "hand-tuned": {1: 1.2, 8: 2.0}}
+OF_MATRIX_PRODUCT = 0.85
+EIGHT_TO_ONE = 1.35
+
+
+# --- what all sides start from ---
+
+
+@torch.no_grad()
+def draw_weights(network: nn.Module, seed: int) -> None:
+    """Random weights whose captions have the entropy of a trained captioner's (logits of std 4 or so)."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, weight in sorted(network.named_parameters()):
+        if weight.dim() == 1:
+            weight.fill_(1.0 if name.endswith("weight") else 0.0)
+        else:
+            std = 0.16 if "word_embeddings" in name else 0.02 if "embedding" in name else 0.05
+            weight.normal_(std=std, generator=generator)
+
+
+def write_checkpoints(architecture: str, image_size: int, directory: Path) -> None:
+    """A captioner and a filter, in the hub's format; a vocabulary in which every word is a token."""
+    vocabulary = {token: n for n, token in enumerate((*SPECIAL, *PROMPT.split()))}
+    vocabulary |= {f"w{n}": n for n in range(len(vocabulary), WORDS)}
+    config = blip_config(ARCHITECTURES[architecture], image_size, bert_tokenizer(vocabulary))
+    for seed, kind in enumerate((CaptioningNetwork, RetrievalNetwork)):
+        network = kind(config)
+        draw_weights(network, seed)
+        save(network, directory / ("captioner", "filter")[seed], vocabulary | {"[DEC]": WORDS, "[ENC]": WORDS + 1})
+
+
+class Pictures:
+    """What is captioned and matched."""
+
+    def __init__(self, count: int, image_size: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        colour = torch.randint(0, 200, (count, 3, 1, 1), generator=generator)
+        grain = torch.randint(0, 56, (count, 3, image_size, image_size), generator=generator)
+        self.pixels = (colour + grain).to(torch.uint8)
+        self.sha256 = [hashlib.sha256(bytes([number])).hexdigest() for number in range(count)]
+        words = torch.randint(100, WORDS, (count, 10), generator=generator)
+        self.web = [" ".join(f"w{word}" for word in row) for row in words.tolist()]
+
+
+# --- sides ---
+
+
+class Ours:
+    """capfilt."""
+
+    def __init__(self, directory: Path, size: int, batch: int, sampling: Sampling) -> None:
+        common: dict[str, Any] = {"name": "x", "image_size": size, "batch_size": batch}
+        cards = [{**common, "checkpoint": LocalCheckpoint(path=str(directory / r))} for r in ("captioner", "filter")]
+        self.captioner = Captioner(CaptionerCard(role="captioner", prompt=PROMPT, **cards[0]), sampling, "cpu")
+        self.filter = ItmFilter(FilterCard(role="filter", first_token="[CLS]", **cards[1]), "cpu")
+
+    def run(self, pictures: Pictures) -> list[list[float]]:
+        """Match probabilities: the web text's, then the captions'."""
+        captions = self.captioner.caption(pictures.pixels, pictures.sha256)
+        texts = [[web, *own] for web, own in zip(pictures.web, captions, strict=True)]
+        return [[score.itm for score in own] for own in self.filter.score(pictures.pixels, texts)]
+
+
+class Theirs:
+    """transformers."""
+
+    def __init__(self, directory: Path, ours: Ours, sampling: Sampling) -> None:
+        with quiet():
+            self.captioner = BlipForConditionalGeneration.from_pretrained(directory / "captioner").eval()
+            self.filter = BlipForImageTextRetrieval.from_pretrained(directory / "filter").eval()
+        self._blip, self._sampling = ours.captioner._blip, sampling
+        rules = ours.captioner._rules
+        self._prompt, self._banned = list(rules.prompt), rules.banned_V.nonzero().flatten().tolist()
+
+    def write(self, pixel_values: Tensor, **how: Any) -> list[list[str]]:
+        """Captions of each image."""
+        s, images = self._sampling, len(pixel_values)
+        prompt = torch.tensor([[*self._prompt, 0]]).repeat(images, 1)  # generate() cuts the last, meant for [SEP]
+        ids = self.captioner.generate(
+            pixel_values=pixel_values,
+            input_ids=prompt,
+            suppress_tokens=self._banned,
+            repetition_penalty=s.repetition_penalty,
+            min_new_tokens=s.min_tokens,
+            max_new_tokens=s.max_tokens,
+            **how,
+        )
+        texts = [
+            self._blip.tokenizer.decode(row, skip_special_tokens=True) for row in ids[:, len(prompt[0]) - 1 :].tolist()
+        ]
+        each = len(texts) // images
+        return [texts[n * each : (n + 1) * each] for n in range(images)]
+
+    def sample(self, pixel_values: Tensor) -> list[list[str]]:
+        """Sampled captions, K of each image."""
+        s = self._sampling
+        return self.write(pixel_values, do_sample=True, top_p=s.top_p, top_k=0, num_return_sequences=s.candidates)
+
+    def tokens(self, texts: list[str]) -> dict[str, Tensor]:
+        """Ids and mask."""
+        rows = [[self._blip.cls, *self._blip.ids(text), self._blip.sep] for text in texts]
+        ids, mask = padded(rows, self._blip.pad)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def documented(self, pictures: Pictures) -> list[list[float]]:
+        """As the pages show."""
+        pixel_values = normalise(pictures.pixels, torch.float32).contiguous()
+        columns = [pictures.web, *map(list, zip(*self.sample(pixel_values), strict=True))]
+        scores = [
+            self.filter(pixel_values=pixel_values, use_itm_head=True, **self.tokens(column))[0].softmax(1)[:, 1]
+            for column in columns
+        ]
+        return torch.stack(scores, 1).tolist()
+
+    def hand_tuned(self, pictures: Pictures) -> list[list[float]]:
+        """The vision transformer once an image and model."""
+        pixel_values = normalise(pictures.pixels, torch.float32).contiguous()
+        captions = self.sample(pixel_values)
+        return self.match(pixel_values, [[web, *own] for web, own in zip(pictures.web, captions, strict=True)])
+
+    def match(self, pixel_values: Tensor, texts: list[list[str]]) -> list[list[float]]:
+        """All texts of all images in one pass of the text encoder."""
+        seen = self.filter.vision_model(pixel_values).last_hidden_state
+        each = len(texts[0])
+        hidden = self.filter.text_encoder(
+            **self.tokens([text for own in texts for text in own]),
+            encoder_hidden_states=seen.repeat_interleave(each, 0),
+        ).last_hidden_state
+        return self.filter.itm_head(hidden[:, 0]).softmax(1)[:, 1].view(-1, each).tolist()
+
+
+# --- measuring ---
+
+
+def agree(ours: Ours, theirs: Theirs, pictures: Pictures) -> float:
+    """Greedy captions and match probabilities. Returns the largest difference of these.
+
+    Raises:
+        SystemExit: they differ.
+    """
+    pixel_values = normalise(pictures.pixels, torch.float32).contiguous()
+    greedy = [own for (own,) in theirs.write(pixel_values, do_sample=False)]
+    if (written := ours.captioner.describe(pictures.pixels, beams=1)) != greedy:
+        raise SystemExit(f"greedy captions differ: {written} against {greedy}")
+    texts = [[web, caption] for web, caption in zip(pictures.web, greedy, strict=True)]
+    expected = torch.tensor(theirs.match(pixel_values, texts))
+    scores = torch.tensor([[score.itm for score in own] for own in ours.filter.score(pictures.pixels, texts)])
+    gap = (scores - expected).abs().max().item()
+    if not gap <= TOLERANCE:
+        raise SystemExit(f"match probabilities differ by {gap:.1e}")
+    print(f"  {len(greedy)} greedy captions are the same; match probabilities differ by {gap:.1e} at most")
+    return gap
+
+
+def count_flops(ours: Ours, pictures: Pictures) -> int:
+    """Of ours, attention spelled out in matrix products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        ours.run(pictures)
+    return counter.get_total_flops()
+
+
+def measure(k: int, directory: Path, arguments: argparse.Namespace) -> dict[str, Any]:
+    """All sides in turn."""
+    print(f"k = {k}", flush=True)
+    sampling = Sampling(candidates=k, min_tokens=arguments.tokens, max_tokens=arguments.tokens)
+    ours = Ours(directory, arguments.image_size, arguments.batch or max(arguments.images, 9), sampling)
+    theirs = Theirs(directory, ours, sampling)
+    pictures = Pictures(arguments.images, arguments.image_size)
+    sides: dict[str, Callable[[Pictures], Any]] = {"ours": ours.run}
+    if not arguments.only_ours:
+        sides |= {"documented": theirs.documented, "hand-tuned": theirs.hand_tuned}
+    with torch.inference_mode():
+        gap = agree(ours, theirs, pictures)
+        flops = count_flops(ours, pictures)
+        seconds: dict[str, list[float]] = {side: [] for side in sides}
+        rates: list[float] = []
+        for repeat in range(arguments.repeats):
+            for side in sides if repeat % 2 == 0 else reversed(sides):
+                gc.collect()
+                begin = time.perf_counter()
+                sides[side](pictures)
+                seconds[side].append((time.perf_counter() - begin) / arguments.images)
+            rates.append(matrix_product_rate())
+            times = "  ".join(f"{side} {own[-1]:.3f}" for side, own in seconds.items())
+            print(f"  s an image: {times}; matrix product {rates[-1] / 1e9:.0f} GFLOP/s", flush=True)
+    used = spread([flops / arguments.images / s / rate for s, rate in zip(seconds["ours"], rates, strict=True)])
+    print(
+        f"  ours: {flops / arguments.images / 1e9:.0f} GFLOP an image at {100 * used['median']:.0f}% of the matrix "
+        f"product's rate ({'met' if used['median'] >= OF_MATRIX_PRODUCT else 'MISSED'}: {OF_MATRIX_PRODUCT:.0%}); "
+        f"{ours.captioner.rewritten} captions written again"
+    )
+    result: dict[str, Any] = {
+        "seconds_per_image": seconds,
+        "flops_per_image": flops // arguments.images,
+        "of_matrix_product": used,
+        "matrix_product_flop_per_s": rates,
+        "largest_difference": gap,
+        "ratios": {},
+    }
+    for side in list(sides)[1:]:
+        ratio = spread([theirs / own for theirs, own in zip(seconds[side], seconds["ours"], strict=True)])
+        target = TARGETS[side].get(k)
+        word = "" if target is None else f" (target {target}: {'met' if ratio['median'] >= target else 'MISSED'})"
+        print(f"  ours / {side}: {shown(ratio)} images/s{word}", flush=True)
+        result["ratios"][side] = ratio
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write the results there too")
+    parser.add_argument("--arch", choices=("base", "large"), default="base", help="(default base)")
+    parser.add_argument("--image-size", type=int, default=384, help="side in pixels (default 384)")
+    parser.add_argument("--candidates", type=int, nargs="+", default=[1, 8], help="k (default 1 8)")
+    parser.add_argument("--tokens", type=int, default=16, help="new tokens of every caption (default 16)")
+    parser.add_argument("--images", type=int, default=8, help="of a batch, on all sides (default 8)")
+    parser.add_argument("--batch", type=int, help="ours: images, and texts, at a time (default: all the images)")
+    parser.add_argument("--threads", type=int, default=2, help="(default 2)")
+    parser.add_argument("--repeats", type=int, default=3, help="(default 3)")
+    parser.add_argument("--only-ours", action="store_true", help="time no other side")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    chosen = {name: value for name, value in vars(arguments).items() if name != "json"}
+    result: dict[str, Any] = {"machine": machine(), "arguments": chosen, "k": {}}
+    print(result["machine"])
+    print(
+        f"{arguments.arch}, {arguments.image_size} px, {arguments.tokens} new tokens, {arguments.images} images, "
+        f"{arguments.threads} threads, float32, median of {arguments.repeats}",
+        flush=True,
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        write_checkpoints(arguments.arch, arguments.image_size, Path(directory))
+        for k in arguments.candidates:
+            result["k"][k] = measure(k, Path(directory), arguments)
+            gc.collect()
+    if {1, 8} <= set(arguments.candidates):
+        one, eight = (result["k"][k]["seconds_per_image"]["ours"] for k in (1, 8))
+        result["eight_to_one"] = ratio = spread([b / a for a, b in zip(one, eight, strict=True)])
+        word = "met" if ratio["median"] <= EIGHT_TO_ONE else "MISSED"
+        print(f"k = 8 takes {shown(ratio)} the time of k = 1 (target at most {EIGHT_TO_ONE}: {word})")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
