@@ -103,11 +103,13 @@ class Pictures:
 class Ours:
     """capfilt."""
 
-    def __init__(self, directory: Path, size: int, batch: int, sampling: Sampling) -> None:
-        common: dict[str, Any] = {"name": "x", "image_size": size, "batch_size": batch}
+    def __init__(
+        self, directory: Path, size: int, batch: int, sampling: Sampling, device: str = "cpu", dtype: str = "float32"
+    ) -> None:
+        common: dict[str, Any] = {"name": "x", "image_size": size, "batch_size": batch, "dtype": dtype}
         cards = [{**common, "checkpoint": LocalCheckpoint(path=str(directory / r))} for r in ("captioner", "filter")]
-        self.captioner = Captioner(CaptionerCard(role="captioner", prompt=PROMPT, **cards[0]), sampling, "cpu")
-        self.filter = ItmFilter(FilterCard(role="filter", first_token="[CLS]", **cards[1]), "cpu")
+        self.captioner = Captioner(CaptionerCard(role="captioner", prompt=PROMPT, **cards[0]), sampling, device)
+        self.filter = ItmFilter(FilterCard(role="filter", first_token="[CLS]", **cards[1]), device)
 
     def run(self, pictures: Pictures) -> list[list[float]]:
         """Match probabilities: the web text's, then the captions'."""
@@ -120,17 +122,25 @@ class Theirs:
     """transformers."""
 
     def __init__(self, directory: Path, ours: Ours, sampling: Sampling) -> None:
+        self._device, self._dtype = ours.captioner._blip.device, ours.captioner._blip.dtype
         with quiet():
-            self.captioner = BlipForConditionalGeneration.from_pretrained(directory / "captioner").eval()
-            self.filter = BlipForImageTextRetrieval.from_pretrained(directory / "filter").eval()
+            self.captioner, self.filter = (
+                kind.from_pretrained(directory / role).eval().to(self._device, self._dtype)
+                for kind, role in ((BlipForConditionalGeneration, "captioner"), (BlipForImageTextRetrieval, "filter"))
+            )
         self._blip, self._sampling = ours.captioner._blip, sampling
         rules = ours.captioner._rules
         self._prompt, self._banned = list(rules.prompt), rules.banned_V.nonzero().flatten().tolist()
 
+    def pixel_values(self, pictures: Pictures) -> Tensor:
+        """On the device, normalised."""
+        return normalise(pictures.pixels.to(self._device), self._dtype).contiguous()
+
     def write(self, pixel_values: Tensor, **how: Any) -> list[list[str]]:
         """Captions of each image."""
         s, images = self._sampling, len(pixel_values)
-        prompt = torch.tensor([[*self._prompt, 0]]).repeat(images, 1)  # generate() cuts the last, meant for [SEP]
+        row = [*self._prompt, 0]  # generate() cuts the last, meant for [SEP]
+        prompt = torch.tensor([row] * images, device=self._device)
         ids = self.captioner.generate(
             pixel_values=pixel_values,
             input_ids=prompt,
@@ -155,21 +165,21 @@ class Theirs:
         """Ids and mask."""
         rows = [[self._blip.cls, *self._blip.ids(text), self._blip.sep] for text in texts]
         ids, mask = padded(rows, self._blip.pad)
-        return {"input_ids": ids, "attention_mask": mask}
+        return {"input_ids": ids.to(self._device), "attention_mask": mask.to(self._device)}
 
     def documented(self, pictures: Pictures) -> list[list[float]]:
         """As the pages show."""
-        pixel_values = normalise(pictures.pixels, torch.float32).contiguous()
+        pixel_values = self.pixel_values(pictures)
         columns = [pictures.web, *map(list, zip(*self.sample(pixel_values), strict=True))]
         scores = [
-            self.filter(pixel_values=pixel_values, use_itm_head=True, **self.tokens(column))[0].softmax(1)[:, 1]
+            self.filter(pixel_values=pixel_values, use_itm_head=True, **self.tokens(column))[0].float().softmax(1)[:, 1]
             for column in columns
         ]
         return torch.stack(scores, 1).tolist()
 
     def hand_tuned(self, pictures: Pictures) -> list[list[float]]:
         """The vision transformer once an image and model."""
-        pixel_values = normalise(pictures.pixels, torch.float32).contiguous()
+        pixel_values = self.pixel_values(pictures)
         captions = self.sample(pixel_values)
         return self.match(pixel_values, [[web, *own] for web, own in zip(pictures.web, captions, strict=True)])
 
@@ -181,7 +191,7 @@ class Theirs:
             **self.tokens([text for own in texts for text in own]),
             encoder_hidden_states=seen.repeat_interleave(each, 0),
         ).last_hidden_state
-        return self.filter.itm_head(hidden[:, 0]).softmax(1)[:, 1].view(-1, each).tolist()
+        return self.filter.itm_head(hidden[:, 0]).float().softmax(1)[:, 1].view(-1, each).tolist()
 
 
 # --- measuring ---
@@ -193,7 +203,7 @@ def agree(ours: Ours, theirs: Theirs, pictures: Pictures) -> float:
     Raises:
         SystemExit: they differ.
     """
-    pixel_values = normalise(pictures.pixels, torch.float32).contiguous()
+    pixel_values = theirs.pixel_values(pictures)
     greedy = [own for (own,) in theirs.write(pixel_values, do_sample=False)]
     if (written := ours.captioner.describe(pictures.pixels, beams=1)) != greedy:
         raise SystemExit(f"greedy captions differ: {written} against {greedy}")

@@ -17,6 +17,7 @@ from capfilt.models import decoding
 from capfilt.models import sampling as draws
 from capfilt.models.blip import TEXTS_AN_IMAGE, CaptioningNetwork, Keys
 from capfilt.models.checkpoints import Loaded, load
+from capfilt.models.fitting import Fitting
 from capfilt.spec import CaptionerCard, Sampling
 
 # [SEP] ends a caption. The rest are marks, not words: [PAD], [UNK], [CLS], [MASK], [DEC], [ENC] and BERT's [unused12].
@@ -53,7 +54,7 @@ class Captioner:
         """
         self._blip = load(card, device)
         self._sampling = sampling
-        self._batch_size, self._rows = card.batch_size, card.batch_size * TEXTS_AN_IMAGE
+        self._fitting = Fitting(card.batch_size, card.name)
         self.image_size = card.image_size
         self.rewritten = 0
         # An error in a logit is stretched by the penalty and the temperature.
@@ -67,7 +68,8 @@ class Captioner:
         """Write K = `sampling.candidates` captions for every image.
 
         Args:
-            images_BCSS: uint8 [B, 3, S, S], resized RGB. Any B; `batch_size` images are in the network at a time.
+            images_BCSS: uint8 [B, 3, S, S], resized RGB. Any B; `batch_size` images are in the network at a time,
+                with at most 8 times as many captions; half as many, from then on, where the device's memory ran out.
             sha256: of each image's bytes as they came: hex digits or 32 bytes.
 
         Returns:
@@ -77,15 +79,12 @@ class Captioner:
         Raises:
             ValueError: shapes do not agree, or a sha256 is not one.
             FloatingPointError: the network gives no finite logits.
+            torch.OutOfMemoryError: one image does not fit the device's memory.
         """
         if len(images_BCSS) != len(sha256):
             raise ValueError(f"{len(images_BCSS)} images, {len(sha256)} sha256")
-        captions: list[list[str]] = []
         with torch.inference_mode():
-            for start in range(0, len(sha256), self._batch_size):
-                batch = slice(start, start + self._batch_size)
-                captions += self._caption_batch(images_BCSS[batch], sha256[batch])
-        return captions
+            return self._fitting.run(len(sha256), lambda some: self._caption_batch(images_BCSS[some], sha256[some]))
 
     def describe(self, images_BCSS: Tensor, beams: int = 3, length_penalty: float = 1.0) -> list[str]:
         """Write the likeliest caption of every image, for evaluation: beam search, or greedy with one beam.
@@ -105,24 +104,27 @@ class Captioner:
         Raises:
             ValueError, FloatingPointError: as :meth:`caption`.
         """
-        ids_B: list[list[int]] = []
         with torch.inference_mode():
-            for start in range(0, len(images_BCSS), self._batch_size):
-                seen_BTW = self._blip.see(images_BCSS[start : start + self._batch_size])
-                for _, image in self._looks(seen_BTW, beams):
-                    begun = decoding.begin(self._blip.model.text_decoder, image, self._rules)
-                    if beams == 1:
-                        ids_B += decoding.greedy(*begun, self._rules)
-                    else:
-                        ids_B += decoding.beam(*begun, self._rules, beams, length_penalty)
+            return self._fitting.run(
+                len(images_BCSS), lambda some: self._describe_batch(images_BCSS[some], beams, length_penalty)
+            )
+
+    def _describe_batch(self, images_BCSS: Tensor, beams: int, length_penalty: float) -> list[str]:
+        ids_B: list[list[int]] = []
+        for _, image in self._looks(self._blip.see(images_BCSS), beams):
+            begun = decoding.begin(self._blip.model.text_decoder, image, self._rules)
+            if beams == 1:
+                ids_B += decoding.greedy(*begun, self._rules)
+            else:
+                ids_B += decoding.beam(*begun, self._rules, beams, length_penalty)
         return [self._text(ids) for ids in ids_B]
 
     def _caption_batch(self, images_BCSS: Tensor, sha256: Sequence[str | bytes]) -> list[list[str]]:
         seen_BTW = self._blip.see(images_BCSS)
-        k, captions = self._sampling.candidates, []
+        k, most, captions = self._sampling.candidates, self._rows, []
         for images, image in self._looks(seen_BTW, k):
-            for first in range(0, k, self._rows):  # more than one turn only if one image has so many candidates
-                candidates = range(first, min(first + self._rows, k))
+            for first in range(0, k, most):  # more than one turn only if one image has so many candidates
+                candidates = range(first, min(first + most, k))
                 rows = [(row, candidate) for row in images for candidate in candidates]
                 keys_R = [draws.row_key(self._sampling.seed, sha256[row], candidate) for row, candidate in rows]
                 alone = len(seen_BTW) == len(rows) == 1
@@ -130,6 +132,11 @@ class Captioner:
                 for (row, _), key, ids, tied in zip(rows, keys_R, ids_R, tied_R, strict=True):
                     captions.append(self._text(self._write_alone(images_BCSS[row : row + 1], key) if tied else ids))
         return [captions[start : start + k] for start in range(0, len(captions), k)]
+
+    @property
+    def _rows(self) -> int:
+        """In the decoder at a time."""
+        return self._fitting.images * TEXTS_AN_IMAGE
 
     def _looks(self, seen_BTW: Tensor, each: int) -> Iterator[tuple[range, list[Keys]]]:
         """As many images at a time as have the most rows, `each` of one: which, and what their texts read of them."""

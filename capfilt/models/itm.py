@@ -16,6 +16,7 @@ from torch import Tensor
 
 from capfilt.models.blip import TEXTS_AN_IMAGE, Keys
 from capfilt.models.checkpoints import load
+from capfilt.models.fitting import Fitting
 from capfilt.models.tokenizer import padded, with_first
 from capfilt.spec import FilterCard
 
@@ -36,9 +37,6 @@ class Score(NamedTuple):
 
     itm: float
     itc: float
-
-
-_UNSCORED = Score(float("nan"), float("nan"))
 
 
 class Tokens(NamedTuple):
@@ -81,7 +79,7 @@ class ItmFilter:
         self._blip.require_positions(card.max_tokens, "filter.max_tokens")
         self._first = self._blip.enc if card.first_token == "[ENC]" else self._blip.cls
         self._max_tokens = card.max_tokens
-        self._batch_size, self._rows = card.batch_size, card.batch_size * TEXTS_AN_IMAGE
+        self._fitting = Fitting(card.batch_size, card.name)
         self.image_size = card.image_size
 
     def score(self, images_BCSS: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Score]]:
@@ -89,8 +87,9 @@ class ItmFilter:
 
         Args:
             images_BCSS: uint8 [B, 3, S, S], resized RGB. Each goes through the vision transformer once, one without
-                texts not at all, and all its texts read one copy of it. Any B; `batch_size` images, then as many texts,
-                are in the network at a time.
+                texts not at all, and all its texts read one copy of it. Any B; `batch_size` images, with at
+                most 8 times as many texts, are in the network at a time; half as many, from then on, where the device's
+                memory ran out.
             texts: those of each image, cleaned (capfilt.text.clean). Cut to `max_tokens`, [SEP] kept.
 
         Returns:
@@ -105,17 +104,18 @@ class ItmFilter:
         flat = [text for own in texts for text in own]
         if not flat:
             return [[] for _ in texts]
-        tokens, scores = self.tokens(flat), [_UNSCORED] * len(flat)
-        own_of = _runs([len(own) for own in texts])
+        tokens, own_of = self.tokens(flat), _runs([len(own) for own in texts])
         # Images with as many texts go together: texts side by side then read their image's keys without a copy.
         judged = sorted(
             (image for image, own in enumerate(texts) if own),
             key=lambda image: (len(texts[image]), max(tokens.lengths[n] for n in own_of[image])),
         )
         with torch.inference_mode():
-            for batch in _batched(judged, self._batch_size):
-                for text, score in self._score_batch(images_BCSS[batch], tokens, [own_of[image] for image in batch]):
-                    scores[text] = score
+            found = self._fitting.run(
+                len(judged),
+                lambda some: self._score_batch(images_BCSS[judged[some]], tokens, [own_of[n] for n in judged[some]]),
+            )
+        scores = {text: score for image in found for text, score in image}
         return [[scores[text] for text in own] for own in own_of]
 
     def embed_images(self, images_BCSS: Tensor) -> Tensor:
@@ -128,17 +128,18 @@ class ItmFilter:
             FloatingPointError: they are not numbers.
         """
         with torch.inference_mode():
-            parts = [
-                self._blip.model.embed_images(self._blip.see(images_BCSS[start : start + self._batch_size])).cpu()
-                for start in range(0, len(images_BCSS), self._batch_size)
-            ]
-        return _finite(torch.cat(parts))
+            found = self._fitting.run(
+                len(images_BCSS),
+                lambda some: [*self._blip.model.embed_images(self._blip.see(images_BCSS[some])).cpu()],
+            )
+        return _finite(torch.stack(found))
 
     def embed_texts(self, tokens: Tokens) -> Tensor:
         """ITC's vectors of texts, by the unimodal encoder: float32 [N, J] of length 1, on the CPU.
 
         Args:
-            tokens: of :meth:`tokens`; [CLS] takes the first one's place. `batch_size` are in the network at a time.
+            tokens: of :meth:`tokens`; [CLS] takes the first one's place. At most 8 `batch_size` are in the network at a
+                time.
 
         Raises:
             FloatingPointError: they are not numbers.
@@ -155,7 +156,7 @@ class ItmFilter:
 
         Args:
             images_BCSS: as :meth:`score`'s. Each is seen once and its keys are shared by its texts, of which
-                `batch_size` are in the network at a time.
+                at most 8 `batch_size` are in the network at a time.
             tokens: of all texts, from :meth:`tokens`.
             wanted: for each image its texts, as positions in `tokens`.
 
@@ -168,13 +169,15 @@ class ItmFilter:
         """
         if len(images_BCSS) != len(wanted):
             raise ValueError(f"{len(images_BCSS)} images, texts of {len(wanted)}")
-        logits: list[Tensor] = []
+
+        def match(some: slice) -> list[Tensor]:
+            seen_BTW = self._blip.see(images_BCSS[some])
+            return [
+                self._match_one(seen_TW[None], tokens, own) for seen_TW, own in zip(seen_BTW, wanted[some], strict=True)
+            ]
+
         with torch.inference_mode():
-            for start in range(0, len(wanted), self._batch_size):
-                seen_BTW = self._blip.see(images_BCSS[start : start + self._batch_size])
-                for number, seen_TW in enumerate(seen_BTW, start):
-                    logits.append(self._match_one(seen_TW[None], tokens, wanted[number]))
-        return logits
+            return self._fitting.run(len(wanted), match)
 
     def _match_one(self, seen_1TW: Tensor, tokens: Tokens, wanted: Sequence[int]) -> Tensor:
         """Logits of one image's texts; texts of equal length go together, so that little is padding."""
@@ -201,17 +204,26 @@ class ItmFilter:
 
     def _score_batch(
         self, images_BCSS: Tensor, tokens: Tokens, wanted: Sequence[Sequence[int]]
-    ) -> Iterator[tuple[int, Score]]:
-        """Judge images in ascending order of their number of texts; yields texts, as positions in `tokens`."""
+    ) -> list[list[tuple[int, Score]]]:
+        """Judge images in ascending order of their number of texts: for each its texts, as positions in `tokens`."""
         seen_BTW = self._blip.see(images_BCSS)
+        judged: list[list[tuple[int, Score]]] = [[] for _ in wanted]
         for some in _groups([len(own) for own in wanted], self._rows):
             image = self._blip.model.text_encoder.look(seen_BTW[some])
             image_BJ = self._blip.model.embed_images(seen_BTW[some])
             by_length = [sorted(own, key=lambda text: tokens.lengths[text]) for own in wanted[some]]
             longest = [max(tokens.lengths[text] for text in column) for column in zip(*by_length, strict=True)]
             for columns in _buckets(longest, max(1, self._rows // len(by_length))):
-                texts = [text for own in by_length for text in own[columns]]
-                yield from zip(texts, self._score_texts(image, image_BJ, *_take(tokens, texts)), strict=True)
+                texts = [own[columns] for own in by_length]
+                scores = self._score_texts(image, image_BJ, *_take(tokens, [text for own in texts for text in own]))
+                for known, own in zip(judged[some], texts, strict=True):
+                    known += zip(own, scores, strict=False)  # takes no more of the scores than there are texts
+        return judged
+
+    @property
+    def _rows(self) -> int:
+        """Texts in the network at a time."""
+        return self._fitting.images * TEXTS_AN_IMAGE
 
     def _score_texts(self, image: Sequence[Keys], image_BJ: Tensor, ids_NL: Tensor, mask_NL: Tensor) -> Iterator[Score]:
         """Judge N texts, those of an image side by side."""
