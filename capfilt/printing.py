@@ -70,6 +70,8 @@ def print_summary(summary: Summary) -> None:
     stages = ", ".join(f"{name} {time:,.1f} s" for name, time in spent)
     if stages:
         say(f"stages, summed over workers: {stages}")
+    if summary.busy is not None:
+        say(f"the models were busy {summary.busy:.0%} of the time; the bottleneck: {summary.bottleneck}")
     say_where(summary.output)
 
 

@@ -33,6 +33,8 @@ class Receipt(BaseModel):
         counts: rows kept, dropped and in error; they sum to `rows` unless the fragment failed.
         reasons: rows by reason, and texts by `web:` or `synthetic:` and reason or `kept`.
         seconds: by stage, summed over threads.
+        on_models: when its first batch met the models and its last one left them, in seconds since 1970; none if no row
+            came so far.
         failure: why the fragment could not be read at all just now; then nothing was written, and its shard is left for
             another run.
         worker: host and process id.
@@ -51,6 +53,7 @@ class Receipt(BaseModel):
     quarantine: tuple[DataFile, ...] = ()
     reasons: dict[str, int] = {}
     seconds: dict[str, float] = {}
+    on_models: tuple[float, float] | None = None
     failure: str | None = None
     worker: str = ""
 

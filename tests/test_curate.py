@@ -25,7 +25,8 @@ from stubs import POISON, load_dies, load_hash, load_loses_device, load_poison
 
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import CapfiltError, ConflictError, DatasetError, ErrorBudgetError
-from capfilt.fragments import Fragment
+from capfilt.fragments import Fragment, read_rows
+from capfilt.pipelines import worker
 from capfilt.pipelines.curate import Execute, Summary, curate, in_process
 from capfilt.pipelines.worker import Job, LoadModels
 from capfilt.receipts import RECEIPTS, Receipt
@@ -538,3 +539,37 @@ def test_two_drivers_conflict_loudly_and_lose_nothing(make_spec: MakeSpec) -> No
     assert len(read(spec.output)) == 400
     assert run(spec).skipped == 4
     assert len(read(spec.output, "pairs")) == sum(row["status"] == "kept" for row in read(spec.output))
+
+
+@pytest.mark.parametrize(("slow", "bottleneck"), [("models", "the models"), ("reading", "reading the input")])
+def test_a_summary_says_what_the_run_waited_for(
+    make_spec: MakeSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str, bottleneck: str
+) -> None:
+    """The slow part sleeps for many times as long as all the rest takes."""
+    write_shard(tmp_path / "in" / "0.parquet", [jpeg(n) for n in range(60)])
+
+    def sleepy(spec: CurateSpec, device: str) -> Any:
+        captioners, filters = load_hash(spec, device)
+        write = captioners[0].caption
+
+        def caption(images: Any, sha256: Any) -> list[list[str]]:
+            time.sleep(0.3)
+            return write(images, sha256)
+
+        monkeypatch.setattr(captioners[0], "caption", caption)
+        return captioners, filters
+
+    def sleepy_rows(*arguments: Any) -> Iterator[Any]:
+        for row in read_rows(*arguments):
+            time.sleep(0.02)
+            yield row
+
+    if slow == "reading":
+        monkeypatch.setattr(worker, "read_rows", sleepy_rows)
+    spec = make_spec(fragment_rows=60)
+    summary = run(spec, load=sleepy if slow == "models" else load_hash)
+    assert summary.bottleneck == bottleneck
+    assert summary.busy is not None
+    assert (summary.busy > 0.9) == (slow == "models")
+    record = json.loads((Path(spec.output) / "_runs" / summary.run / "summary.json").read_text())
+    assert (record["busy"], record["bottleneck"]) == (summary.busy, summary.bottleneck)

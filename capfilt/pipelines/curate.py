@@ -11,7 +11,7 @@ import itertools
 import pickle
 import time
 import uuid
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -31,6 +31,7 @@ from capfilt.pipelines.worker import Job, LoadModels, Worker, load_models
 from capfilt.plan import Plan, make_plan
 from capfilt.receipts import Receipt, adopt, discard, gaps, shard_commit, unfinished
 from capfilt.spec import CurateSpec
+from capfilt.throughput import Throughput
 from capfilt.weights import inspect
 
 WINDOW = 10_000
@@ -59,6 +60,7 @@ class Summary:
         counts: rows of the shards this run committed.
         reasons: rows by reason, and texts by source and reason, of those shards.
         seconds: by stage, over all workers.
+        busy, bottleneck: see capfilt.throughput; none where nothing met the models.
         failures: input files that could not be curated, each with what was wrong.
         gone: committed shards that are no longer among the inputs.
         outcome: `done`, or the error that ended the run.
@@ -74,7 +76,9 @@ class Summary:
     adopted_rows: int = 0
     counts: Counts = field(default_factory=Counts)
     reasons: Counter[str] = field(default_factory=Counter)
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    seconds: dict[str, float] = field(default_factory=dict)
+    busy: float | None = None
+    bottleneck: str | None = None
     failures: dict[str, str] = field(default_factory=dict)
     gone: int = 0
     outcome: str = "running"
@@ -177,6 +181,7 @@ class _Driver:
         self._retry: list[Fragment] | None = []  # failed once; None when a failure is final
         self._closed = dataset.closed_runs()
         self._budget = _Budget(job.spec.max_error_fraction, dataset.committed(), plan, self._closed)
+        self._throughput = Throughput(summary.seconds)
         self._last_commit = time.monotonic()
         self._commit_took = 0.0
 
@@ -254,8 +259,8 @@ class _Driver:
             else:
                 self._retry.append(Fragment(file, layout, receipt.start, receipt.stop, receipt.file_rows))
             return
-        for stage, spent in receipt.seconds.items():
-            self.summary.seconds[stage] += spent
+        self._throughput.add(receipt.worker, receipt.seconds, receipt.on_models)
+        self.summary.busy, self.summary.bottleneck = self._throughput.busy, self._throughput.bottleneck
         self.display.update(receipt)
         self._count(receipt)
 

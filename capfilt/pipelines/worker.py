@@ -322,21 +322,24 @@ class Worker:
         """
         self.models()
         seconds: dict[str, float] = defaultdict(float)
+        on_models: list[float] = []
         try:
             with _Output(self.job, fragment) as out:
                 for batch, buffers in self._decoded(fragment, seconds):
                     rows = [n for n, item in enumerate(batch) if item.status is None]
                     images = {size: _images(buffer, rows) for size, buffer in buffers.items()}
                     with self._device_lock:
+                        on_models.append(time.time())
                         begin = time.perf_counter()
                         self._judge([batch[n] for n in rows], images)
                         seconds["model"] += time.perf_counter() - begin
+                        on_models.append(time.time())
                     self._free.append(buffers)
                     begin = time.perf_counter()
                     for item in batch:
                         out.append(item)
                     seconds["write"] += time.perf_counter() - begin
-                return out.finish(seconds)
+                return out.finish(seconds, (on_models[0], on_models[-1]) if on_models else None)
         except InputError as error:
             file = fragment.file
             return Receipt(
@@ -572,7 +575,7 @@ class _Output:
             unusable = {"reason": item.reason, "detail": item.detail, "image_bytes": len(image), "image": image[:cap]}
             self._writer(QUARANTINE).append({**identity, **unusable}, 300 + min(cap, len(image)))
 
-    def finish(self, seconds: dict[str, float]) -> Receipt:
+    def finish(self, seconds: dict[str, float], on_models: tuple[float, float] | None = None) -> Receipt:
         """Close the files and store the receipt: from here on the work is not lost.
 
         Raises:
@@ -599,6 +602,7 @@ class _Output:
             quarantine=files.get(QUARANTINE, ()),
             reasons=dict(self.reasons),
             seconds={stage: round(spent, 6) for stage, spent in seconds.items()},
+            on_models=on_models,
         )
         store(receipt, self.job.spec.output, self.job.spec.output_options)
         return receipt
