@@ -12,7 +12,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "capfilt"
 
 LAYERS = [
-    {"errors", "schema", "spec", "text", "decide", "fingerprints", "weights", "evaluate"},
+    {"errors", "schema", "spec", "text", "decide", "fingerprints", "weights", "evaluate", "throughput"},
     {
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "toyweb", "examples"),
         *("truth", "testset", "quality", "tables", "demo"),
