@@ -134,8 +134,8 @@ def test_texts_of_other_lengths_are_read_apart(checkpoint: Path, images: Tensor)
     judge = itm_filter(checkpoint, batch_size=4)
     read: list[tuple[int, ...]] = []
     judge._blip.model.text_encoder.register_forward_pre_hook(lambda _module, args: read.append(tuple(args[0].shape)))
-    short, long = "a dog", "a dog " * 15
-    texts = [[long, short], [short, short], [short, long], [short, short]]
+    short, other, long = "a dog", "a cat", "a dog " * 15
+    texts = [[long, short], [other, short], [short, long], [short, other]]
     scores = judge.score(images[:4], texts)
     assert read[::2] == [(4, 4), (4, 32)]  # the shorter text of each image, then the longer
     read.clear()
@@ -145,6 +145,13 @@ def test_texts_of_other_lengths_are_read_apart(checkpoint: Path, images: Tensor)
     assert read[::2] == [(4, 4), (2, 4), (2, 32)]
     torch.testing.assert_close(torch.tensor(scores), torch.tensor(again), rtol=0, atol=1e-5)
     assert scores[0][0] == pytest.approx(judge.score(images[:1], [[long]])[0][0], abs=1e-5)  # and each its own
+
+
+def test_a_text_that_an_image_has_twice_has_one_score(checkpoint: Path, images: Tensor) -> None:
+    judge = itm_filter(checkpoint)
+    scores = judge.score(images[:2], [["a dog", "a cat by the sea", "a dog"], ["a dog"]])
+    assert scores[0][0] == scores[0][2] != scores[0][1]
+    assert scores[1][0] != scores[0][0]
 
 
 def test_nothing_to_judge(checkpoint: Path, images: Tensor) -> None:

@@ -93,7 +93,7 @@ class ItmFilter:
             texts: those of each image, cleaned (capfilt.text.clean). Cut to `max_tokens`, [SEP] kept.
 
         Returns:
-            Scores in the shape of `texts`.
+            Scores in the shape of `texts`; a text that an image has twice is read once.
 
         Raises:
             ValueError: shapes do not agree.
@@ -101,14 +101,14 @@ class ItmFilter:
         """
         if len(images_BCSS) != len(texts):
             raise ValueError(f"{len(images_BCSS)} images, texts of {len(texts)}")
-        flat = [text for own in texts for text in own]
-        if not flat:
+        unique = [list(dict.fromkeys(own)) for own in texts]  # in another place a text's score rounds otherwise
+        if not any(unique):
             return [[] for _ in texts]
-        tokens, own_of = self.tokens(flat), _runs([len(own) for own in texts])
+        tokens, own_of = self.tokens([text for own in unique for text in own]), _runs([len(own) for own in unique])
         # Images with as many texts go together: texts side by side then read their image's keys without a copy.
         judged = sorted(
-            (image for image, own in enumerate(texts) if own),
-            key=lambda image: (len(texts[image]), max(tokens.lengths[n] for n in own_of[image])),
+            (image for image, own in enumerate(unique) if own),
+            key=lambda image: (len(unique[image]), max(tokens.lengths[n] for n in own_of[image])),
         )
         with torch.inference_mode():
             found = self._fitting.run(
@@ -116,7 +116,11 @@ class ItmFilter:
                 lambda some: self._score_batch(images_BCSS[judged[some]], tokens, [own_of[n] for n in judged[some]]),
             )
         scores = {text: score for image in found for text, score in image}
-        return [[scores[text] for text in own] for own in own_of]
+        known = [
+            {text: scores[n] for text, n in zip(own, places, strict=True)}
+            for own, places in zip(unique, own_of, strict=True)
+        ]
+        return [[score[text] for text in own] for own, score in zip(texts, known, strict=True)]
 
     def embed_images(self, images_BCSS: Tensor) -> Tensor:
         """ITC's vectors of images, by the vision transformer alone: float32 [B, J] of length 1, on the CPU.
