@@ -47,7 +47,7 @@ from capfilt.models.initial import blip_config
 from capfilt.models.itm import ItmFilter
 from capfilt.models.preprocess import normalise
 from capfilt.models.tokenizer import bert_tokenizer, padded
-from capfilt.spec import ARCHITECTURES, CaptionerCard, FilterCard, LocalCheckpoint, Sampling
+from capfilt.spec import ARCHITECTURES, BatchSize, CaptionerCard, FilterCard, LocalCheckpoint, Sampling
 
 PROMPT = "a picture of "
 WORDS = 30_522
@@ -104,9 +104,16 @@ class Ours:
     """capfilt."""
 
     def __init__(
-        self, directory: Path, size: int, batch: int, sampling: Sampling, device: str = "cpu", dtype: str = "float32"
+        self,
+        directory: Path,
+        size: int,
+        batch: BatchSize,
+        sampling: Sampling,
+        device: str = "cpu",
+        dtype: str = "float32",
+        **card: Any,
     ) -> None:
-        common: dict[str, Any] = {"name": "x", "image_size": size, "batch_size": batch, "dtype": dtype}
+        common: dict[str, Any] = {"name": "x", "image_size": size, "batch_size": batch, "dtype": dtype, **card}
         cards = [{**common, "checkpoint": LocalCheckpoint(path=str(directory / r))} for r in ("captioner", "filter")]
         self.captioner = Captioner(CaptionerCard(role="captioner", prompt=PROMPT, **cards[0]), sampling, device)
         self.filter = ItmFilter(FilterCard(role="filter", first_token="[CLS]", **cards[1]), device)

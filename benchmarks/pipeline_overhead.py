@@ -112,6 +112,9 @@ class Nothing:
 
     image_size = SIZE
 
+    def __init__(self, batch_size: int) -> None:
+        self.batch_size = batch_size
+
     def caption(self, _: torch.Tensor, sha256: Sequence[str]) -> list[list[str]]:
         """One caption an image."""
         return [["a photograph of a thing"] for _ in sha256]
@@ -124,7 +127,9 @@ class Nothing:
 def load_nothing(spec: CurateSpec, _device: str) -> tuple[list[Nothing], list[Nothing]]:
     """Make the models; leaves a mark of when."""
     Path(spec.output).with_name(_LOADED).touch()
-    return [Nothing()], [Nothing()]
+    sizes = (spec.captioners[0].batch_size, spec.filters[0].batch_size)
+    captioner, filter_ = (Nothing(int(size)) for size in sizes)
+    return [captioner], [filter_]
 
 
 def make_spec(folder: Path, arguments: argparse.Namespace) -> CurateSpec:

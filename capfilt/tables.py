@@ -19,7 +19,10 @@ def report_table(report: Record) -> list[Table]:
     Args:
         report: what evaluation.json holds: capfilt.pipelines.evaluate.Report.record().
     """
-    makers = {"pairs": _pairs, "captioning": _captioning, "retrieval": _retrieval, "calibration": _calibration}
+    makers = {
+        **{"pairs": _pairs, "captioning": _captioning, "retrieval": _retrieval},
+        **{"calibration": _calibration, "precision": _precision},
+    }
     tables = [make(report[part]) for part, make in makers.items() if report.get(part)]
     return tables + [_quality(dataset) for dataset in report.get("quality", ())]
 
@@ -74,6 +77,14 @@ def _calibration(found: Record) -> Table:
     for name in _OF_FILTER:
         if found[name] is not None:
             table.add_row(_words(name), _percent(found[name]))
+    return table
+
+
+def _precision(found: Record) -> Table:
+    table = _titled("the filter's decisions against float32's", "", "")
+    table.add_row(f"decided otherwise, of {found['texts']:,} at {found['threshold']:.2f}", f"{found['flipped']:,}")
+    table.add_row("percent", f"{100 * found['fraction']:.2f}")
+    table.add_row("largest difference of a match probability", f"{found['largest']:.4f}")
     return table
 
 

@@ -14,11 +14,15 @@ from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, Sampling
 POISON = "kill the worker"
 
 
+def batch_size(card: CaptionerCard | FilterCard) -> int:
+    return 16 if card.batch_size == "auto" else card.batch_size
+
+
 class HashCaptioner:
     """Captions from the image's hash, the card's name and the seed: stable, different for different images."""
 
     def __init__(self, card: CaptionerCard, sampling: Sampling) -> None:
-        self.image_size, self._name = card.image_size, card.name
+        self.image_size, self.batch_size, self._name = card.image_size, batch_size(card), card.name
         self._candidates, self._seed = range(sampling.candidates), sampling.seed
 
     def caption(self, images_BCHW: torch.Tensor, sha256: Sequence[str]) -> list[list[str]]:
@@ -33,7 +37,7 @@ class HashFilter:
     """Scores from a hash of card's name, text and pixels: uniform over [0, 1], reproducible to the bit."""
 
     def __init__(self, card: FilterCard) -> None:
-        self.image_size, self._name = card.image_size, card.name
+        self.image_size, self.batch_size, self._name = card.image_size, batch_size(card), card.name
 
     def score(self, images_BCHW: torch.Tensor, texts: Sequence[Sequence[str]]) -> list[list[tuple[float, float]]]:
         assert images_BCHW.shape == (len(texts), 3, self.image_size, self.image_size)

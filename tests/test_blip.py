@@ -351,7 +351,7 @@ def test_selected_rows_go_on_as_if_alone() -> None:
     cache = Cache(bert.config, 4, 7, bert.embeddings.word_embeddings.weight)
     bert(texts, causal=True, cache=cache)
     rows = torch.tensor([2, 0, 0, 3, 2, 1])
-    cache.select(rows)
+    cache = cache.selected(rows)
     steps = [bert(part, causal=True, cache=cache) for part in follow.split(1, 1)]
     whole = bert(torch.cat([texts[rows], follow], 1), causal=True)
     assert torch.allclose(torch.cat(steps, 1), whole[:, -2:], atol=1e-5)

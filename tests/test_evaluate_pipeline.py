@@ -31,7 +31,7 @@ from capfilt.images import decode
 from capfilt.models.captioner import Captioner
 from capfilt.models.checkpoints import quiet
 from capfilt.models.itm import ItmFilter
-from capfilt.models.measures import shuffled_texts
+from capfilt.models.measures import compare_precision, shuffled_texts
 from capfilt.models.preprocess import normalise, resize
 from capfilt.models.tiny import write_tiny_pair
 from capfilt.pipelines.curate import curate, in_process
@@ -49,6 +49,7 @@ from capfilt.spec import (
     Quality,
     Retrieval,
     Sampling,
+    Thresholds,
     Truth,
 )
 from capfilt.tables import report_table
@@ -337,6 +338,39 @@ def test_calibration_is_scikit_learns(measure: Measure, web: Web, cards: tuple[C
     assert found.recall == pytest.approx(recall_score(true, kept))
     assert found.false_positive_rate == pytest.approx(kept[~np.array(true)].mean())
     assert found.false_positive_rate <= 0.25
+
+
+def test_coarse_weights_are_compared_with_float32(
+    measure: Measure, web: Web, cards: tuple[CaptionerCard, FilterCard], tmp_path: Path
+) -> None:
+    assert measure(captioner=None, retrieval=None).precision is None  # nothing to compare
+    images = images_of(shards(web))
+    wrong = shuffled_texts(images, None, 3)
+    scores = {}
+    for dtype in ("float32", "bfloat16"):
+        judge = ItmFilter(cards[1].model_copy(update={"dtype": dtype}), "cpu")
+        texts = [[*image.cleaned, *others] for image, others in zip(images, wrong, strict=True)]
+        scores[dtype] = np.array([[score.itm for score in row] for row in judge.score(pixels(images, 32), texts)])
+    middle = float(np.median(scores["float32"]))  # where many decisions are close
+    card = cards[1].model_copy(update={"dtype": "bfloat16", "thresholds": Thresholds(web=middle)})
+    found = measure(captioner=None, retrieval=None, seed=3, filter=card).precision
+    assert found is not None
+    assert (found.texts, found.threshold) == (64, middle)
+    assert found.largest == pytest.approx(np.abs(scores["bfloat16"] - scores["float32"]).max(), abs=2e-3)
+    assert 0 < found.largest < 0.1
+    flipped = (scores["bfloat16"] >= middle) != (scores["float32"] >= middle)
+    assert found.flipped == pytest.approx(flipped.sum(), abs=3)  # in other batches a score rounds otherwise
+    assert found.fraction == found.flipped / 64
+    shown = Console(file=io.StringIO(), width=100)
+    for table in report_table(json.loads((tmp_path / "out" / "evaluation.json").read_text())):
+        shown.print(table)
+    assert f"decided otherwise, of 64 at {middle:.2f}" in shown.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_precision_to_check_by_eye() -> None:
+    found = compare_precision([0.1, 0.5, 0.49, 0.9], [0.1, 0.49, 0.5, 0.8], 0.5)
+    assert (found.texts, found.flipped, found.fraction) == (4, 2, 0.5)
+    assert found.largest == pytest.approx(0.1)
 
 
 def test_a_shuffled_text_is_anothers_and_not_true() -> None:

@@ -125,11 +125,10 @@ def test_cards_in_lists(spec_file: Path, tmp_path: Path) -> None:
     several(spec_file, "captioner", a="batch_size: 4\n", b="batch_size: 9\nplacement: {gpus: 1, max_actors: 3}\n")
     several(spec_file, "filter", c="batch_size: 5\nplacement: {cpus: 2, min_actors: 2, max_actors: 2}\n")
     spec = load_spec(spec_file, ["captioners.1.batch_size=128", "captioners.0=../cards/captioner.yaml"])
-    assert [(card.name, card.batch_size) for card in spec.captioners] == [("captioner", 16), ("b", 128)]
+    assert [(card.name, card.batch_size) for card in spec.captioners] == [("captioner", "auto"), ("b", 128)]
     assert spec.captioners[0].checkpoint == LocalCheckpoint(path=str(tmp_path / "cards" / "ckpt"))
     assert spec.captioners[1].checkpoint == LocalCheckpoint(path=str(tmp_path / "specs" / "ckpt"))
     assert list(spec.cards) == ["captioners.0", "captioners.1", "filters.0"]
-    assert spec.batch_size == 5
     assert spec.placement == Placement(gpus=1, cpus=2, min_actors=2, max_actors=3)
     inline = "{role: captioner, name: d, image_size: 32, checkpoint: {path: here}}"
     spec = load_spec(spec_file, [f"captioners=[a.yaml, {inline}]", "captioners.1.checkpoint.path=there"])
@@ -178,7 +177,6 @@ def test_set_reaches_into_cards_and_reads_yaml(spec_file: Path) -> None:
     assert spec.captioners[0].batch_size == 3
     assert spec.sampling.top_p == 0.85
     assert spec.effective_thresholds[0].web == 0.7
-    assert spec.batch_size == 3
 
 
 @pytest.mark.parametrize(

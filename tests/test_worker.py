@@ -217,7 +217,8 @@ class Script:
     """A captioner that writes the same for every image, and a filter that knows its texts' scores; both take notes."""
 
     def __init__(self, image_size: int, candidates: Sequence[str] = (), itm: Mapping[str, float] | None = None) -> None:
-        self.image_size, self._candidates, self._itm = image_size, candidates, itm or {}
+        self.image_size, self.batch_size = image_size, 8
+        self._candidates, self._itm = candidates, itm or {}
         self.memory: list[int] = []
         self.read: list[list[str]] = []
 

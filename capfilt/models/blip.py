@@ -11,6 +11,7 @@ V  vocabulary
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
@@ -48,6 +49,8 @@ class Cache:
 
     Attributes:
         length: tokens held, of each row.
+        place_1: the same on the device, int64 [1], for a step that is recorded once and played at any length: it then
+            reads all of the memory through :attr:`readable`, whatever the length. None where the host knows it.
     """
 
     def __init__(self, config: BlipTextConfig, rows: int, tokens: int, like: Tensor) -> None:
@@ -56,6 +59,18 @@ class Cache:
         shape = (layers, 2, rows, heads, tokens, config.hidden_size // heads)
         self._all = torch.empty(shape, device=like.device, dtype=like.dtype)
         self.length = 0
+        self.place_1: Tensor | None = None
+
+    @property
+    def room(self) -> int:
+        """Tokens there is memory for, of each row."""
+        return self._all.shape[4]
+
+    @property
+    def readable(self) -> Tensor:
+        """bool [1, 1, 1, room]: what the token at `place_1` reads, itself and those before it."""
+        assert self.place_1 is not None
+        return (torch.arange(self.room, device=self.place_1.device) <= self.place_1).view(1, 1, 1, -1)
 
     def extend(self, layer: int, keys_NHLE: Tensor, values_NHLE: Tensor) -> Keys:
         """Put new tokens' keys and values behind a layer's others. Returns all of them; `length` is the caller's.
@@ -63,17 +78,38 @@ class Cache:
         Raises:
             ValueError: more tokens than there is memory for.
         """
-        stop, room = self.length + keys_NHLE.shape[2], self._all.shape[4]
-        if stop > room:  # a slice would be cut in silence
-            raise ValueError(f"{stop} tokens for a cache of {room}")
+        if self.place_1 is not None:
+            for memory_NHCE, new_NHLE in zip(self._all[layer], (keys_NHLE, values_NHLE), strict=True):
+                memory_NHCE.index_copy_(2, self.place_1, new_NHLE)
+            return Keys(*self._all[layer])
+        stop = self.length + keys_NHLE.shape[2]
+        if stop > self.room:  # a slice would be cut in silence
+            raise ValueError(f"{stop} tokens for a cache of {self.room}")
         own = self._all[layer, :, :, :, :stop]
         own[0, :, :, self.length :] = keys_NHLE
         own[1, :, :, self.length :] = values_NHLE
         return Keys(own[0], own[1])
 
-    def select(self, rows_N: Tensor) -> None:
-        """Keep these rows, in this order; a row may come twice."""
-        self._all = self._all[:, :, rows_N]
+    def selected(self, rows_N: Tensor) -> Cache:
+        """Another, of these rows in this order; a row may come twice."""
+        other = copy.copy(self)
+        other._all, other.place_1 = self._all[:, :, rows_N], None
+        return other
+
+    def blank(self) -> Cache:
+        """Another, as large, that holds nothing: zeros, as a recorded step reads what is not there yet, times 0."""
+        other = copy.copy(self)
+        other._all, other.length = torch.zeros_like(self._all), 0
+        other.place_1 = torch.zeros(1, dtype=torch.int64, device=self._all.device)
+        return other
+
+    def load(self, other: Cache) -> None:
+        """Hold what another holds, in the first of these rows; the others stay as they are."""
+        assert self.place_1 is not None
+        held = other._all[..., : other.length, :]  # behind it is what nobody wrote
+        self._all[:, :, : held.shape[2], :, : other.length].copy_(held)
+        self.length = other.length
+        self.place_1.fill_(other.length)
 
 
 # --- vision ---
@@ -156,16 +192,20 @@ class VisionTransformer(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.checkpointing = False
 
+    @property
+    def layers(self) -> list[VisionLayer]:
+        """The layers, first to last."""
+        return list(cast("Iterable[VisionLayer]", self.encoder["layers"]))
+
     def set_drop_path(self, rate: float) -> None:
         """Of the last layer; of the others it rises linearly from 0."""
-        layers = cast("nn.ModuleList", self.encoder["layers"])
-        for number, layer in enumerate(layers):
-            cast("VisionLayer", layer).drop_path = rate * number / max(1, len(layers) - 1)
+        for number, layer in enumerate(self.layers):
+            layer.drop_path = rate * number / max(1, len(self.layers) - 1)
 
     def forward(self, pixels_BCSS: Tensor) -> Tensor:
         """Normalised pixels [B, 3, S, S], S any multiple of the patch size, to tokens [B, T, W]."""
         x_BTW = self.embeddings(pixels_BCSS)
-        for layer in cast("nn.ModuleList", self.encoder["layers"]):
+        for layer in self.layers:
             x_BTW = _run(layer, x_BTW, again=self.checkpointing and self.training)
         out: Tensor = self.post_layernorm(x_BTW)
         return out
@@ -274,16 +314,19 @@ class TextEmbeddings(nn.Module):
         self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.drop = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, ids_NL: Tensor, start: int) -> Tensor:
-        """[N, L, D] of tokens at positions `start` and on.
+    def forward(self, ids_NL: Tensor, start: int | Tensor) -> Tensor:
+        """[N, L, D] of tokens at positions `start` and on; of one token, at the position that an int64 [1] names.
 
         Raises:
             ValueError: positions that the table does not have.
         """
-        stop, table_PD = start + ids_NL.shape[1], self.position_embeddings.weight
-        if stop > len(table_PD):
+        table_PD = self.position_embeddings.weight
+        if isinstance(start, Tensor):
+            positions_LD = table_PD[start]
+        elif (stop := start + ids_NL.shape[1]) <= len(table_PD):
+            positions_LD = table_PD[start:stop]
+        else:
             raise ValueError(f"{stop} tokens, but {len(table_PD)} positions")
-        positions_LD = table_PD[start:stop]
         out: Tensor = self.drop(self.LayerNorm(self.word_embeddings(ids_NL) + positions_LD))
         return out
 
@@ -329,7 +372,8 @@ class TextTransformer(nn.Module):
                 the right is never read by what comes before it.
             image: from `look`, of B images; text n is of image n // (N / B).
             causal: each token reads itself and those before it.
-            cache: of the tokens before these, which are added to it; L is then 1 unless the cache is empty.
+            cache: of the tokens before these, which are added to it; L is then 1 unless the cache is empty. Where it
+                has a `place_1`, that and `length` are the caller's to raise.
 
         Raises:
             ValueError: several tokens for a cache that has some; more than there are positions, or room in the cache.
@@ -341,12 +385,15 @@ class TextTransformer(nn.Module):
         if causal and mask is not None:
             mask = mask & torch.ones(2 * ids_NL.shape[1:], dtype=torch.bool, device=ids_NL.device).tril()
         causal = causal and mask is None and not start
-        x_NLD = self.embeddings(ids_NL, start)
+        place_1 = cache.place_1 if cache else None
+        if cache and place_1 is not None:
+            mask = cache.readable
+        x_NLD = self.embeddings(ids_NL, start if place_1 is None else place_1)
         for n, layer in enumerate(self.layers):
             extend = _extender(cache, n) if cache else None
             seen = image[n] if image is not None else None
             x_NLD = _run(layer, x_NLD, mask, causal, seen, extend, again=self.checkpointing and self.training)
-        if cache:
+        if cache and place_1 is None:
             cache.length += ids_NL.shape[1]
         return cast("Tensor", x_NLD)
 

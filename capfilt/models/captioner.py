@@ -18,6 +18,7 @@ from capfilt.models import sampling as draws
 from capfilt.models.blip import TEXTS_AN_IMAGE, CaptioningNetwork, Keys
 from capfilt.models.checkpoints import Loaded, load
 from capfilt.models.fitting import Fitting
+from capfilt.models.recorded import Player, cuda_graph
 from capfilt.spec import CaptionerCard, Sampling
 
 # [SEP] ends a caption. The rest are marks, not words: [PAD], [UNK], [CLS], [MASK], [DEC], [ENC] and BERT's [unused12].
@@ -54,7 +55,9 @@ class Captioner:
         """
         self._blip = load(card, device)
         self._sampling = sampling
-        self._fitting = Fitting(card.batch_size, card.name)
+        decoder = self._blip.model.text_decoder
+        self._player = Player(decoder, cuda_graph) if self._blip.device.type == "cuda" else None
+        self._fitting = Fitting(card.batch_size, card.name, self._player.forget if self._player else None)
         self.image_size = card.image_size
         self.rewritten = 0
         # An error in a logit is stretched by the penalty and the temperature.
@@ -63,6 +66,17 @@ class Captioner:
         prompt = [self._blip.dec, *self._blip.ids(card.prompt)]  # no [CLS], no [SEP]: the decoder continues it
         self._blip.require_positions(len(prompt) + sampling.max_tokens, "captioner.prompt and sampling.max_tokens")
         self._rules = decoding.Rules(prompt, self._blip.sep, _banned(self._blip), sampling)
+        self._fitting.measure(self._try, self._blip.device, card.placement.gpus)
+
+    @property
+    def batch_size(self) -> int:
+        """Images in the network at a time, now."""
+        return self._fitting.images
+
+    def _try(self, images: int) -> None:
+        """Caption so many, to see what that takes."""
+        blank_BCSS = torch.zeros((images, 3, self.image_size, self.image_size), dtype=torch.uint8)
+        self._caption_batch(blank_BCSS, [bytes(32)] * images)
 
     def caption(self, images_BCSS: Tensor, sha256: Sequence[str | bytes]) -> list[list[str]]:
         """Write K = `sampling.candidates` captions for every image.
@@ -112,11 +126,10 @@ class Captioner:
     def _describe_batch(self, images_BCSS: Tensor, beams: int, length_penalty: float) -> list[str]:
         ids_B: list[list[int]] = []
         for _, image in self._looks(self._blip.see(images_BCSS), beams):
-            begun = decoding.begin(self._blip.model.text_decoder, image, self._rules)
             if beams == 1:
-                ids_B += decoding.greedy(*begun, self._rules)
+                ids_B += decoding.greedy(*self._begin(image, self._player), self._rules)
             else:
-                ids_B += decoding.beam(*begun, self._rules, beams, length_penalty)
+                ids_B += decoding.beam(*self._begin(image, None), self._rules, beams, length_penalty)
         return [self._text(ids) for ids in ids_B]
 
     def _caption_batch(self, images_BCSS: Tensor, sha256: Sequence[str | bytes]) -> list[list[str]]:
@@ -128,7 +141,8 @@ class Captioner:
                 rows = [(row, candidate) for row in images for candidate in candidates]
                 keys_R = [draws.row_key(self._sampling.seed, sha256[row], candidate) for row, candidate in rows]
                 alone = len(seen_BTW) == len(rows) == 1
-                ids_R, tied_R = self._write(image, keys_R, 0.0 if alone else self._tolerance)
+                player = self._player if len(candidates) == min(k, most) else None  # it has one number of candidates
+                ids_R, tied_R = self._write(image, keys_R, 0.0 if alone else self._tolerance, player)
                 for (row, _), key, ids, tied in zip(rows, keys_R, ids_R, tied_R, strict=True):
                     captions.append(self._text(self._write_alone(images_BCSS[row : row + 1], key) if tied else ids))
         return [captions[start : start + k] for start in range(0, len(captions), k)]
@@ -149,15 +163,17 @@ class Captioner:
         """The reference that every batch agrees with: one image through the network, one candidate."""
         self.rewritten += 1
         image = self._blip.model.text_decoder.bert.look(self._blip.see(images_1CSS))
-        return self._write(image, [key], 0.0)[0][0]
+        return self._write(image, [key], 0.0, None)[0][0]
+
+    def _begin(self, image: list[Keys], player: Player | None) -> tuple[Tensor, decoding.Follow]:
+        return decoding.begin(self._blip.model.text_decoder, image, self._rules, player)
 
     def _write(
-        self, image: list[Keys], keys_R: Sequence[tuple[int, int]], tolerance: float
+        self, image: list[Keys], keys_R: Sequence[tuple[int, int]], tolerance: float, player: Player | None
     ) -> tuple[list[list[int]], list[bool]]:
         width, vocabulary = draws.WIDTH, len(self._rules.banned_V)
         while True:
-            begun = decoding.begin(self._blip.model.text_decoder, image, self._rules)
-            written = decoding.sample(*begun, self._rules, keys_R, tolerance, width)
+            written = decoding.sample(*self._begin(image, player), self._rules, keys_R, tolerance, width)
             if written is not None:
                 return written
             width = min(8 * width, vocabulary)  # the first step or two tell: little is written in vain

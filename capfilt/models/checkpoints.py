@@ -131,6 +131,9 @@ def load(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
         raise CheckpointError(f"{directory}: {error}") from None
     materialise(network, device)
     fill(network, state, str(directory))
+    if card.compile:
+        for layer in network.vision_model.layers:
+            layer.compile()  # one piece of code for all of them, at any number of images
     tokenizer = read_tokenizer(directory)
     return Loaded(
         model=network.eval().requires_grad_(False),

@@ -16,6 +16,7 @@ from torch.nn.functional import pad
 
 from capfilt.models import sampling as draws
 from capfilt.models.blip import Cache, Keys, TextDecoder
+from capfilt.models.recorded import Player
 from capfilt.spec import Sampling
 
 _STEPS_UNSEEN = 4
@@ -23,6 +24,9 @@ _STEPS_UNSEEN = 4
 
 _WORTH = 0.75
 """Rows leave when at most so many of them would be left: what stays is copied, of an image all that its texts read."""
+
+_WORTH_PLAYED = 0.5
+"""The same on a GPU: what is left goes on without the recorded step."""
 
 _NOT_FINITE = "the captioner's logits are not finite"
 
@@ -61,11 +65,14 @@ class Follow(Protocol):
         ...
 
 
-def begin(decoder: TextDecoder, image: Sequence[Keys], rules: Rules) -> tuple[Tensor, Follow]:
+def begin(
+    decoder: TextDecoder, image: Sequence[Keys], rules: Rules, player: Player | None = None
+) -> tuple[Tensor, Follow]:
     """Read the prompt, once for each image.
 
     Args:
         image: what the texts read of B images, from `look`; shared by all texts of an image, never copied.
+        player: plays recorded steps, until the first texts leave. Not for a search that moves its rows at every step.
 
     Returns:
         Logits [B, V] after the prompt, and what goes on from there for `sampling.max_tokens` tokens.
@@ -77,13 +84,17 @@ def begin(decoder: TextDecoder, image: Sequence[Keys], rules: Rules) -> tuple[Te
         hidden_RLD = decoder.bert(ids_RL, image=shown, causal=True, cache=cache)
         return decoder.logits(hidden_RLD[:, -1:])[:, 0]
 
+    untried, playing = player is not None, None
+
     def follow(token_R: Tensor, rows_R: Tensor | None = None, images_B: Tensor | None = None) -> Tensor:
-        nonlocal shown
+        nonlocal shown, cache, untried, playing
         if images_B is not None:
             shown = [Keys(layer.keys[images_B], layer.values[images_B]) for layer in shown]
         if rows_R is not None:
-            cache.select(rows_R)
-        return read(token_R[:, None])
+            cache, playing = (playing.cache if playing else cache).selected(rows_R), None
+        if player is not None and untried:
+            untried, playing = False, player.load(shown, cache, len(token_R))
+        return playing(token_R) if playing else read(token_R[:, None])
 
     return read(torch.tensor(rules.prompt, device=like.device).expand(images, -1)), follow
 
@@ -149,7 +160,7 @@ def _write(
         choose: the rows' tokens, given their logits [R, V], which texts they are, and the number of tokens so far.
     """
     images, end, device = len(logits_BV), rules.end, logits_BV.device
-    every = 1 if device.type == "cpu" else _STEPS_UNSEEN
+    every, worth = (1, _WORTH) if device.type == "cpu" else (_STEPS_UNSEEN, _WORTH_PLAYED)
     rows_R = torch.arange(images, device=device).repeat_interleave(each)
     text_R = torch.arange(len(rows_R), device=device)
     ids_NL = torch.full((len(rows_R), rules.sampling.max_tokens), end, device=device)
@@ -177,7 +188,7 @@ def _write(
             return None
         if done_BK.all():
             break
-        if (still := _still(done_BK)) is not None:
+        if (still := _still(done_BK, worth)) is not None:
             rows_R, kept_B = (index.to(device) for index in still)
             whole = len(kept_B) == len(done_BK)
             text_R, used_RV, done_R, each = text_R[rows_R], used_RV[rows_R], done_R[rows_R], len(rows_R) // len(kept_B)
@@ -198,11 +209,11 @@ def _seen(trouble_2: Tensor, done_R: Tensor, each: int) -> tuple[list[bool], Ten
     return seen[:2].tolist(), seen[2:].view(-1, each)
 
 
-def _still(done_BK: Tensor) -> tuple[Tensor, Tensor] | None:
+def _still(done_BK: Tensor, worth: float) -> tuple[Tensor, Tensor] | None:
     """Rows and images to go on with, as many rows of each image; None where too few would leave to be worth a copy."""
     open_B = (~done_BK).sum(1)
     images_B, most = open_B.nonzero()[:, 0], int(open_B.max())
-    if len(images_B) * most > _WORTH * done_BK.numel():
+    if len(images_B) * most > worth * done_BK.numel():
         return None
     first_BK = done_BK[images_B].int().argsort(stable=True, dim=1)[:, :most]  # those still open
     return (images_B[:, None] * done_BK.shape[1] + first_BK).flatten(), images_B

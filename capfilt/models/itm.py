@@ -81,6 +81,19 @@ class ItmFilter:
         self._max_tokens = card.max_tokens
         self._fitting = Fitting(card.batch_size, card.name)
         self.image_size = card.image_size
+        self._fitting.measure(self._try, self._blip.device, card.placement.gpus)
+
+    @property
+    def batch_size(self) -> int:
+        """Images in the network at a time, now."""
+        return self._fitting.images
+
+    def _try(self, images: int) -> None:
+        """Judge as many texts of so many, as long as they can be, to see what that takes."""
+        blank_BCSS = torch.zeros((images, 3, self.image_size, self.image_size), dtype=torch.uint8)
+        own_of = _runs([TEXTS_AN_IMAGE] * images)
+        tokens = self.tokens(["a " * self._max_tokens] * (images * TEXTS_AN_IMAGE))
+        self._score_batch(blank_BCSS, tokens, own_of)
 
     def score(self, images_BCSS: Tensor, texts: Sequence[Sequence[str]]) -> list[list[Score]]:
         """Judge every text of every image.

@@ -111,14 +111,7 @@ def calibrate_filter(
     Raises:
         FloatingPointError: a score is not a number.
     """
-    wrong = shuffled_texts(images, judge, seed)
-    rest = ([*image.cleaned, *others] for image, others in zip(images, wrong, strict=True))
-    matched, shuffled, left = list[float](), list[float](), iter(images)
-    for pixels_BCSS in show(0, len(images)):
-        for scores in filter_.score(pixels_BCSS, [next(rest) for _ in pixels_BCSS]):
-            own = len(next(left).cleaned)
-            matched += [score.itm for score in scores[:own]]
-            shuffled += [score.itm for score in scores[own:]]
+    matched, shuffled = match_probabilities(filter_, show, images, judge, seed)
     counts = Calibrated(len(matched), len(shuffled), len(matched) - len(shuffled))
     if not shuffled:
         return replace(counts, problem="no image has a text of another that is not true of it too; give more images")
@@ -129,6 +122,56 @@ def calibrate_filter(
     except ValueError as error:  # no threshold stays within the limit
         return replace(found, problem=str(error))
     return replace(found, **asdict(best))
+
+
+def match_probabilities(
+    filter_: ItmFilter, show: Show, images: Sequence[LabelledImage], judge: Judge | None, seed: int
+) -> tuple[list[float], list[float]]:
+    """Of the images' own texts, and of others' (:func:`shuffled_texts`).
+
+    Raises:
+        FloatingPointError: a score is not a number.
+    """
+    wrong = shuffled_texts(images, judge, seed)
+    rest = ([*image.cleaned, *others] for image, others in zip(images, wrong, strict=True))
+    matched, shuffled, left = list[float](), list[float](), iter(images)
+    for pixels_BCSS in show(0, len(images)):
+        for scores in filter_.score(pixels_BCSS, [next(rest) for _ in pixels_BCSS]):
+            own = len(next(left).cleaned)
+            matched += [score.itm for score in scores[:own]]
+            shuffled += [score.itm for score in scores[own:]]
+    return matched, shuffled
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Decisions of a filter whose weights are not float32, against those that they would be in float32.
+
+    Attributes:
+        texts: test pairs and shuffled ones.
+        threshold: the card's, for web texts.
+        flipped: decided otherwise; `fraction` of the texts.
+        largest: difference of two match probabilities.
+    """
+
+    texts: int
+    threshold: float
+    flipped: int
+    fraction: float
+    largest: float
+
+
+def compare_precision(own: Sequence[float], exact: Sequence[float], threshold: float) -> Agreement:
+    """Compare match probabilities of the same texts, text by text; one or more.
+
+    Args:
+        own: as the card's dtype has them.
+        exact: in float32.
+    """
+    own_N, exact_N = np.array(own), np.array(exact)
+    flipped_N = (own_N >= threshold) != (exact_N >= threshold)
+    largest = float(np.abs(own_N - exact_N).max())
+    return Agreement(len(own), threshold, int(flipped_N.sum()), float(flipped_N.mean()), largest)
 
 
 def shuffled_texts(images: Sequence[LabelledImage], judge: Judge | None, seed: int) -> list[list[str]]:

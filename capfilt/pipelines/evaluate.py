@@ -25,7 +25,15 @@ from torch import Tensor
 from capfilt.errors import CheckpointError
 from capfilt.models.captioner import Captioner
 from capfilt.models.itm import ItmFilter
-from capfilt.models.measures import Calibrated, Captioned, calibrate_filter, caption_images
+from capfilt.models.measures import (
+    Agreement,
+    Calibrated,
+    Captioned,
+    calibrate_filter,
+    caption_images,
+    compare_precision,
+    match_probabilities,
+)
 from capfilt.models.retrieval import Retrieved, retrieve
 from capfilt.models.squares import squares
 from capfilt.pipelines.run_files import write_json
@@ -73,6 +81,7 @@ class Report:
     captioning: Captioned | None = None
     retrieval: Retrieved | None = None
     calibration: Calibrated | None = None
+    precision: Agreement | None = None
     quality: tuple[DatasetQuality, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -154,8 +163,9 @@ def _captioning(
     assert settings is not None
     sampling = Sampling(min_tokens=settings.min_tokens, max_tokens=settings.max_tokens, repetition_penalty=1)
     with parts.part("captioning", _size(pairs)) as say, _blamed_on(card):
-        show = _Show(spec, card, pairs.images, len(pairs.images), say)
-        return caption_images(Captioner(card, sampling, device), show, pairs.images, settings.beams, judge)
+        captioner = Captioner(card, sampling, device)
+        show = _Show(spec, captioner, pairs.images, len(pairs.images), say)
+        return caption_images(captioner, show, pairs.images, settings.beams, judge)
 
 
 def _filtering(
@@ -168,14 +178,22 @@ def _filtering(
     if spec.retrieval is not None:
         k_test, pool, cleaned = spec.retrieval.k_test, spec.retrieval.pool, [image.cleaned for image in images]
         with parts.part("retrieval", what) as say, _blamed_on(card):
-            show = _Show(spec, card, images, 2 * len(images), say)
+            show = _Show(spec, filter_, images, 2 * len(images), say)
             found["retrieval"] = retrieve(filter_, show, cleaned, k_test, pool)
     if spec.calibrate:
         with parts.part("calibration", what) as say, _blamed_on(card):
-            show = _Show(spec, card, images, len(images), say)
+            show = _Show(spec, filter_, images, len(images), say)
             found["calibration"] = calibrate_filter(
                 filter_, show, images, judge, spec.seed, spec.max_false_positive_rate
             )
+    if spec.calibrate and card.dtype != "float32":
+        with parts.part("precision", f"{card.dtype} against float32") as say, _blamed_on(card):
+            probabilities = []
+            for model in (filter_, ItmFilter(card.model_copy(update={"dtype": "float32"}), device)):
+                show = _Show(spec, model, images, len(images), say)
+                matched, shuffled = match_probabilities(model, show, images, judge, spec.seed)
+                probabilities.append([*matched, *shuffled])
+            found["precision"] = compare_precision(probabilities[0], probabilities[1], card.thresholds.web)
     return found
 
 
@@ -203,18 +221,18 @@ class _Show:
     def __init__(
         self,
         spec: EvaluateSpec,
-        card: CaptionerCard | FilterCard,
+        model: Captioner | ItmFilter,
         images: Sequence[LabelledImage],
         total: int,
         say: Callable[[str], None],
     ) -> None:
-        self._limits, self._card, self._images = spec.images, card, images
+        self._limits, self._model, self._images = spec.images, model, images
         self._total, self._say, self._done = total, say, 0
 
     def __call__(self, start: int, stop: int) -> Iterator[Tensor]:
         """Batches of uint8 [B, 3, S, S] that together are images `start` to `stop`, in order."""
         encoded = [image.image for image in self._images[start:stop]]
-        for pixels_BCSS in squares(encoded, self._card.image_size, self._card.batch_size, self._limits):
+        for pixels_BCSS in squares(encoded, self._model.image_size, self._model.batch_size, self._limits):
             yield pixels_BCSS
             self._done += len(pixels_BCSS)
             self._say(f"{self._done / self._total:.0%}")

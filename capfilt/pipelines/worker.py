@@ -35,6 +35,7 @@ from capfilt.fingerprints import Fingerprints, run_fingerprints
 from capfilt.fragments import Fragment, Row, read_rows
 from capfilt.images import decode
 from capfilt.models.preprocess import resize
+from capfilt.models.upload import Upload
 from capfilt.pipelines.attempts import Attempts
 from capfilt.receipts import Receipt, store
 from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE, SHARD, Reason, Source, Status
@@ -64,9 +65,17 @@ _RECEIPTS = TypeAdapter(list[Receipt])
 
 
 class Captioner(Protocol):
-    """Writes captions. See capfilt.models.captioner.Captioner."""
+    """Writes captions. See capfilt.models.captioner.Captioner.
+
+    Attributes:
+        image_size: S.
+        batch_size: images that it takes at a time; more are no gain.
+    """
 
     image_size: int
+
+    @property
+    def batch_size(self) -> int: ...
 
     def caption(self, images_BCHW: torch.Tensor, sha256: Sequence[str]) -> list[list[str]]:
         """For each image of uint8 [B, 3, S, S], its candidates in order."""
@@ -74,9 +83,16 @@ class Captioner(Protocol):
 
 
 class Filter(Protocol):
-    """Scores texts. See capfilt.models.itm.ItmFilter."""
+    """Scores texts. See capfilt.models.itm.ItmFilter.
+
+    Attributes:
+        image_size, batch_size: as a captioner's.
+    """
 
     image_size: int
+
+    @property
+    def batch_size(self) -> int: ...
 
     def score(
         self, images_BCHW: torch.Tensor, texts: Sequence[Sequence[str]]
@@ -217,6 +233,8 @@ class Worker:
         self.attempts = attempts or Attempts()
         self._load = load
         self._models: Models | None = None
+        self._batch_size = 1  # images that all models take, once they are loaded
+        self._upload = Upload("cpu")
         self._load_lock = threading.Lock()
         self._device_lock = threading.Lock()
         self._turns = _Turns()
@@ -308,6 +326,8 @@ class Worker:
                 f"{len(captioners)} captioners and {len(filters)} filters were made for the spec's "
                 f"{len(spec.captioners)} and {len(spec.filters)} cards; `load` makes a model for each"
             )
+        self._batch_size = min(*(one.batch_size for one in captioners), *(one.batch_size for one in filters))
+        self._upload = Upload(device)
         self.attempts.load_ended()
         return captioners, filters
 
@@ -327,8 +347,9 @@ class Worker:
             with _Output(self.job, fragment) as out:
                 for batch, buffers in self._decoded(fragment, seconds):
                     rows = [n for n, item in enumerate(batch) if item.status is None]
-                    images = {size: _images(buffer, rows) for size, buffer in buffers.items()}
+                    images = {size: self._upload.send(buffer, rows) for size, buffer in buffers.items()}
                     with self._device_lock:
+                        self._upload.arrive()
                         on_models.append(time.time())
                         begin = time.perf_counter()
                         self._judge([batch[n] for n in rows], images)
@@ -353,7 +374,7 @@ class Worker:
 
     def _decoded(self, fragment: Fragment, seconds: dict[str, float]) -> Iterator[tuple[list[_Item], _Buffers]]:
         """Batches of rows in order, decoded ahead in threads, and buffers that hold the n-th row's pixels at [n]."""
-        size = self.job.spec.batch_size
+        size = self._batch_size
         waiting: deque[tuple[list[Future[tuple[_Item, float]]], _Buffers]] = deque()
         rows = read_rows(fragment, self.job.spec.input.storage_options, min(size, 32))
         more = True
@@ -382,7 +403,7 @@ class Worker:
             return self._free.pop()
         except IndexError:
             sizes = {model.image_size for models in self.models() for model in models}
-            return {size: torch.empty((self.job.spec.batch_size, size, size, 3), dtype=torch.uint8) for size in sizes}
+            return {size: self._upload.memory((self._batch_size, size, size, 3)) for size in sizes}
 
     def _prepare(self, row: Row, pixels: _Buffers) -> tuple[_Item, float]:
         """Hash, decode and resize one row's image into `pixels`; what is wrong with it becomes its reason."""
@@ -466,12 +487,6 @@ def _noted(card: CaptionerCard | FilterCard) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"{card.role} {card.name}")
         raise
-
-
-def _images(buffer_BSSC: torch.Tensor, rows: list[int]) -> torch.Tensor:
-    """uint8 [rows, 3, S, S] of a buffer's rows; copied only where some are missing in between."""
-    whole = rows == list(range(len(rows)))
-    return (buffer_BSSC[: len(rows)] if whole else buffer_BSSC[rows]).permute(0, 3, 1, 2)
 
 
 def _web_text(row: Row) -> Text:

@@ -6,6 +6,7 @@ card by path or holds it inline. Only the driver reads YAML; workers receive val
 
 from capfilt.spec.bootstrap import BootstrapSpec, CurateSettings
 from capfilt.spec.cards import (
+    BatchSize,
     CaptionerCard,
     FilterCard,
     ModelCard,
@@ -51,6 +52,7 @@ __all__ = [
     "ARCHITECTURES",
     "Architecture",
     "Augment",
+    "BatchSize",
     "BootstrapSpec",
     "CaptionerCard",
     "CaptionerSettings",

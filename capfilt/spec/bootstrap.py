@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from capfilt.spec.cards import Placement, ThresholdsOverride
+from capfilt.spec.cards import BatchSize, Placement, ThresholdsOverride
 from capfilt.spec.curation import Sampling
 from capfilt.spec.evaluation import EvaluationSettings, Truth
 from capfilt.spec.fields import Images, Input, Model, Ray, SharedDirectory, no_percent
@@ -18,7 +18,7 @@ class CurateSettings(Model):
 
     sampling: Sampling = Sampling()
     thresholds: ThresholdsOverride | None = Field(default=None, description="In place of the cards', each.")
-    batch_size: int = Field(default=16, ge=1, le=4096, description="Images in one forward pass.")
+    batch_size: BatchSize = Field(default="auto", description="Images in one forward pass, as a card's.")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of both models.")
     placement: Placement = Placement()
     fragment_rows: int = Field(default=1000, ge=1, le=1_000_000, description="As of a `curate` run.")

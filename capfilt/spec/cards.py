@@ -24,12 +24,23 @@ class Placement(Model):
         return self
 
 
+BatchSize = Annotated[int, Field(ge=1, le=4096)] | Literal["auto"]
+"""Images in one forward pass."""
+
+
 class _Card(Model):
     name: str = Field(pattern=r"^[\w.-]{1,80}$", description="Recorded with every text the model wrote or scored.")
     checkpoint: Checkpoint = Field(description="Where the weights come from: `hub` and `revision`, or `path`.")
     image_size: int = Field(ge=8, le=1024, description="Side in pixels; images are resized to a square of it.")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of weights and activations.")
-    batch_size: int = Field(default=16, ge=1, le=4096, description="Images in one forward pass.")
+    batch_size: BatchSize = Field(
+        default="auto",
+        description="Images in one forward pass; `auto` is what a GPU's memory holds, up to 256, and 16 on a CPU.",
+    )
+    compile: bool = Field(
+        default=False,
+        description="Compile the vision transformer (torch.compile): a minute more to start, fewer and larger kernels.",
+    )
     allow_pickle: bool = Field(
         default=False, description="Load pytorch_model.bin where no safetensors exist (weights only, still no code)."
     )

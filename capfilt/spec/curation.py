@@ -112,11 +112,6 @@ class CurateSpec(Model):
         return tuple(card.model_copy(update=own) for card in cards)
 
     @property
-    def batch_size(self) -> int:
-        """Images per forward pass that all models accept."""
-        return min(card.batch_size for card in self.cards.values())
-
-    @property
     def placement(self) -> Placement:
         """Resources of the actor that holds all models: the largest of the cards' demands, each."""
         placements = [card.placement for card in self.cards.values()]
