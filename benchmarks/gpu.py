@@ -16,7 +16,7 @@ On a machine of several minutes a chance, so it stays under ten (`--minutes`): w
 
 FLOPs are counted once for an image (2 for a multiply and add); their rate is given as a part of a bfloat16 matrix
 product's in the same run. Targets, bfloat16, 384 px, one H200: whole at least 1,400 images/s (base), 450 (large);
-engine 12 x documented and 2.5 x best; k = 8 at most 1.5 x the time of k = 1; decisions differ for at most 0.5% of texts.
+engine 12 x documented and 2.5 x best; k = 8 at most 1.5 x the time of k = 1; at most 0.5% of decisions differ.
 """
 
 from __future__ import annotations

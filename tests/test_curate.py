@@ -26,11 +26,12 @@ from stubs import POISON, load_dies, load_hash, load_loses_device, load_poison
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import CapfiltError, ConflictError, DatasetError, ErrorBudgetError
 from capfilt.fragments import Fragment, read_rows
+from capfilt.models.tiny import write_tiny_pair
 from capfilt.pipelines import worker
 from capfilt.pipelines.curate import Execute, Summary, curate, in_process
-from capfilt.pipelines.worker import Job, LoadModels
+from capfilt.pipelines.worker import Job, LoadModels, load_models
 from capfilt.receipts import RECEIPTS, Receipt
-from capfilt.spec import CurateSpec, Placement, Sampling, Thresholds
+from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, LocalCheckpoint, Placement, Sampling, Thresholds
 
 
 def run(spec: CurateSpec, load: Any = load_hash, execute: Execute | None = in_process) -> Summary:
@@ -91,6 +92,26 @@ def test_actors_batches_and_fragments_change_nothing(make_spec: MakeSpec, tmp_pa
         summary = run(spec, execute=None)
         assert summary.counts.rows == 400
         assert comparable(spec.output) == comparable(plain.output)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray", "web")
+def test_captions_are_the_same_from_one_actor_and_from_four(make_spec: MakeSpec, tmp_path: Path) -> None:
+    """Sampled by a real network, in other batches and fragments, too."""
+    checkpoints = [LocalCheckpoint(path=str(path)) for path in write_tiny_pair(tmp_path / "tiny")]
+    card: dict[str, Any] = {"name": "tiny", "image_size": 32, "batch_size": 64}
+    spec = make_spec(
+        captioners=(CaptionerCard(role="captioner", checkpoint=checkpoints[0], **card),),
+        filters=(FilterCard(role="filter", checkpoint=checkpoints[1], **card),),
+        sampling=Sampling(candidates=3, min_tokens=2, max_tokens=9),
+    )
+    written = []
+    for actors, batch, rows in [(1, 64, 100), (4, 7, 17), (1, 1, 40)]:
+        own = on(actors, batch, spec.model_copy(update={"output": str(tmp_path / str(batch)), "fragment_rows": rows}))
+        assert run(own, load_models, execute=None).counts.rows == 400
+        written.append([[text["text"] for text in row["texts"]] for row in read(own.output)])
+    assert written[0] == written[1] == written[2]
+    assert len({text for row in written[0] for text in row[1:]}) > 1000
 
 
 @pytest.mark.usefixtures("local_ray")

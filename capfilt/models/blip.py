@@ -422,7 +422,7 @@ def again(function: Callable[..., Tensor], *inputs: Tensor, kept: int, draws: bo
         kept: bytes it would keep otherwise; where they are few, it does.
         draws: random numbers, as dropout does.
     """
-    if kept < _WORTH_COMPUTING_AGAIN or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or kept < _WORTH_COMPUTING_AGAIN:
         return function(*inputs)
     out: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=draws)
     return out
@@ -430,7 +430,7 @@ def again(function: Callable[..., Tensor], *inputs: Tensor, kept: int, draws: bo
 
 def _feed(function: Callable[[Tensor], Tensor], x_NLD: Tensor, width: int) -> Tensor:
     """A feed-forward layer of a hidden width."""
-    return again(function, x_NLD, kept=x_NLD.nbytes // x_NLD.shape[-1] * width)
+    return again(function, x_NLD, kept=x_NLD.shape[:-1].numel() * x_NLD.element_size() * width)
 
 
 class WordHead(nn.Module):
