@@ -10,6 +10,8 @@ text of ten words are matched with it. Three sides take turns in one process:
                  `BlipForImageTextRetrieval` on each image-text pair, a batch of pairs at a time
     hand-tuned   the same `generate`, but the filter's vision transformer runs once an image, and its text encoder over
                  all pairs at once
+    bfloat16     ours with cards of that dtype, not the same results (`--bfloat16`); fast where the processor has matrix
+                 units for it (AMX)
 
 Weights are random at real size (speed does not depend on them), scaled so that captions have a trained model's entropy.
 First the sides must agree: greedy captions token by token, and match probabilities within 1e-4.
@@ -235,12 +237,16 @@ def measure(k: int, directory: Path, arguments: argparse.Namespace) -> dict[str,
     """All sides in turn."""
     print(f"k = {k}", flush=True)
     sampling = Sampling(candidates=k, min_tokens=arguments.tokens, max_tokens=arguments.tokens)
-    ours = Ours(directory, arguments.image_size, arguments.batch or max(arguments.images, 9), sampling)
+    batch = arguments.batch or max(arguments.images, 9)
+    ours = Ours(directory, arguments.image_size, batch, sampling)
     theirs = Theirs(directory, ours, sampling)
+    coarse = Ours(directory, arguments.image_size, batch, sampling, dtype="bfloat16") if arguments.bfloat16 else None
     pictures = Pictures(arguments.images, arguments.image_size)
     sides: dict[str, Callable[[Pictures], Any]] = {"ours": ours.run}
     if not arguments.only_ours:
         sides |= {"documented": theirs.documented, "hand-tuned": theirs.hand_tuned}
+    if coarse is not None:
+        sides["bfloat16"] = coarse.run
     with torch.inference_mode():
         gap = agree(ours, theirs, pictures)
         flops = count_flops(ours, pictures)
@@ -271,7 +277,7 @@ def measure(k: int, directory: Path, arguments: argparse.Namespace) -> dict[str,
     }
     for side in list(sides)[1:]:
         ratio = spread([theirs / own for theirs, own in zip(seconds[side], seconds["ours"], strict=True)])
-        target = TARGETS[side].get(k)
+        target = TARGETS.get(side, {}).get(k)
         word = "" if target is None else f" (target {target}: {'met' if ratio['median'] >= target else 'MISSED'})"
         print(f"  ours / {side}: {shown(ratio)} images/s{word}", flush=True)
         result["ratios"][side] = ratio
@@ -290,6 +296,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="(default 2)")
     parser.add_argument("--repeats", type=int, default=3, help="(default 3)")
     parser.add_argument("--only-ours", action="store_true", help="time no other side")
+    parser.add_argument("--bfloat16", action="store_true", help="time ours in bfloat16, too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     chosen = {name: value for name, value in vars(arguments).items() if name != "json"}
