@@ -1,13 +1,14 @@
 """Pairs to train on: what there is, in which order an epoch takes it, and reading it.
 
 An epoch is a list of groups; a group is a handful of row groups from all over the data, read together and shuffled. The
-order is a function of the seed and the epoch, so that a run can take it up again in the middle. Nothing here knows of
-ranks but `share`, and nothing of Ray.
+order is a function of the seed, the epoch and the rank, so that a run can take it up again in the middle. Nothing here
+knows of Ray.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -140,12 +141,17 @@ def _row_groups(url: str, options: Mapping[str, Any]) -> list[int]:
         return [parquet.metadata.row_group(n).num_rows for n in range(parquet.metadata.num_row_groups)]
 
 
-def epoch_groups(parts: Sequence[Part], sources: Sequence[PairSource], seed: int, epoch: int) -> list[Group]:
-    """The groups of an epoch in order: every part as often as its source's weight says, in an order of its own.
+def epoch_groups(
+    parts: Sequence[Part], sources: Sequence[PairSource], seed: int, epoch: int, rank: int = 0, ranks: int = 1
+) -> list[Group]:
+    """A rank's groups of an epoch in order. The ranks together take every part as often as its source's weight says.
 
     Args:
         parts: of all sources.
         sources: for their weights; a fraction of one is a fraction of the parts, others each epoch.
+
+    Raises:
+        TrainingError: there are fewer parts than ranks.
     """
     rng = random.Random(f"{seed}/{epoch}")
     chosen: list[Part] = []
@@ -155,6 +161,9 @@ def epoch_groups(parts: Sequence[Part], sources: Sequence[PairSource], seed: int
         chosen += own * whole
         chosen += rng.sample(own, _rest(source.weight, len(own)))
     rng.shuffle(chosen)
+    if ranks > 1:
+        chosen = _share(chosen, rank, ranks)
+        rng = random.Random(f"{seed}/{epoch}/{rank}")
     cuts = range(0, len(chosen), GROUP_PARTS)
     return [Group(epoch, tuple(chosen[n : n + GROUP_PARTS]), rng.getrandbits(63)) for n in cuts]
 
@@ -164,15 +173,24 @@ def _rest(weight: float, parts: int) -> int:
     return round((weight - int(weight)) * parts)
 
 
-def share(groups: Sequence[Group], rank: int, ranks: int) -> list[Group]:
-    """A rank's groups of an epoch.
+def _share(parts: Sequence[Part], rank: int, ranks: int) -> list[Part]:
+    """A rank's of an epoch's parts, in order. Each goes to the rank with the fewest rows; two differ by one at most.
 
     Raises:
-        TrainingError: there are fewer groups than ranks.
+        TrainingError: there are fewer parts than ranks.
     """
-    if len(groups) < ranks:
-        raise TrainingError(f"{len(groups)} groups of rows for {ranks} workers; use fewer workers or more data")
-    return list(groups[rank::ranks])
+    if len(parts) < ranks:
+        raise TrainingError(
+            f"{len(parts)} parts of rows for {ranks} workers; use fewer workers, more data or smaller row groups"
+        )
+    own: list[Part] = []
+    fewest = [(0, number) for number in range(ranks)]  # a heap
+    for part in parts:
+        rows, number = fewest[0]
+        if number == rank:
+            own.append(part)
+        heapq.heapreplace(fewest, (rows + part.rows, number))
+    return own
 
 
 def read_group(group: Group, sources: Sequence[PairSource]) -> list[Pair | None]:

@@ -15,7 +15,7 @@ from stubs import load_hash
 
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import DatasetError, InputError, TrainingError
-from capfilt.examples import GROUP_PARTS, PART_ROWS, Group, Pair, Part, epoch_groups, list_parts, read_group, share
+from capfilt.examples import GROUP_PARTS, PART_ROWS, Group, Pair, Part, epoch_groups, list_parts, read_group
 from capfilt.pipelines.curate import curate, in_process
 from capfilt.spec import Input, PairSource
 
@@ -127,11 +127,23 @@ def test_sources_are_mixed_within_groups() -> None:
     assert sum({part.source for part in group.parts} == {0, 1} for group in groups) > 0.8 * len(groups)
 
 
-def test_ranks_share_an_epoch() -> None:
-    groups = epoch_groups(made_up(80), [PairSource(dataset="/d")], 0, 0)
-    assert sorted(g.seed for rank in range(3) for g in share(groups, rank, 3)) == sorted(g.seed for g in groups)
-    with pytest.raises(TrainingError, match="10 groups of rows for 11 workers"):
-        share(groups, 0, 11)
+@pytest.mark.parametrize(("count", "ranks"), [(9, 2), (9, 8), (9, 9), (80, 3), (400, 7)])
+def test_ranks_share_an_epoch_by_rows(count: int, ranks: int) -> None:
+    """A rank with less would begin its next pass sooner, and show its rows more often."""
+    parts = made_up(count, rows=(1000, 200, 10))
+    shares = [epoch_groups(parts, [PairSource(dataset="/d")], 0, 0, rank, ranks) for rank in range(ranks)]
+    assert Counter(part for groups in shares for group in groups for part in group.parts) == Counter(parts)
+    rows = [sum(group.rows for group in groups) for groups in shares]
+    assert max(rows) - min(rows) <= 1000  # the largest part
+    seeds = [group.seed for groups in shares for group in groups]
+    assert len(set(seeds)) == len(seeds)
+    assert shares[-1] == epoch_groups(parts, [PairSource(dataset="/d")], 0, 0, ranks - 1, ranks)
+    assert shares[-1] != epoch_groups(parts, [PairSource(dataset="/d")], 0, 1, ranks - 1, ranks)
+
+
+def test_fewer_parts_than_ranks_are_refused() -> None:
+    with pytest.raises(TrainingError, match="10 parts of rows for 11 workers; use fewer workers, more data or smaller"):
+        epoch_groups(made_up(10), [PairSource(dataset="/d")], 0, 0, 0, 11)
 
 
 def test_a_texts_draw_is_its_places() -> None:
