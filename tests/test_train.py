@@ -43,7 +43,9 @@ def batches(start: int = 0) -> Iterator[Batch]:
         yield Batch(torch.randn(6, 3, 16, 16, generator=g), ids, mask, torch.arange(6))
 
 
-def training(total: int, *, objective: Any = None, autocast: bool = False, **optimiser: Any) -> Training:
+def training(
+    total: int, *, objective: Any = None, autocast: bool = False, rank: int = 0, ranks: int = 1, **optimiser: Any
+) -> Training:
     if objective is None:
         g = torch.Generator().manual_seed(0)
         med = Med(config())
@@ -60,6 +62,8 @@ def training(total: int, *, objective: Any = None, autocast: bool = False, **opt
         alpha_epochs=2,
         autocast=autocast,
         seed=7,
+        rank=rank,
+        ranks=ranks,
     )
 
 
@@ -101,6 +105,17 @@ def test_a_step_reports_all_that_moves() -> None:
     }  # fmt: skip
     assert first["lm"] == pytest.approx(math.log(64), rel=0.05)
     assert (first["alpha"], first["learning_rate"]) == (0, 1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_step_of_every_rank_has_dropout_of_its_own(ranks: int) -> None:
+    seeds = []
+    for rank in range(ranks):
+        run = training(4, rank=rank, ranks=ranks)
+        seeds += [torch.initial_seed() for _ in run.run(batches(), lambda _: None, print)]
+    assert len(set(seeds)) == 4 * ranks
+    if ranks == 1:
+        assert seeds == [8_000_024, 8_000_025, 8_000_026, 8_000_027]  # published results are of these
 
 
 @pytest.mark.parametrize("stop", [1, 5])

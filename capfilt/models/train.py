@@ -181,7 +181,7 @@ class Training:
         weight = alpha(clock, *self._alpha)
         # The step's own seeds: a run that resumes draws as one that never stopped.
         noise = torch.Generator().manual_seed(_mixed(self._seed, clock.step))
-        torch.manual_seed(_mixed(self._seed + 1, clock.step) + self._rank)
+        torch.manual_seed(_mixed(self._seed + 1, clock.step * self._ranks + self._rank))
         self.inner.follow()
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(batches, 1):
@@ -233,6 +233,6 @@ class Training:
         self.watch.warned = state["warned"]
 
 
-def _mixed(seed: int, step: int) -> int:
-    """Another seed for every step."""
-    return (seed * 1_000_003 + step) % 2**63
+def _mixed(seed: int, number: int) -> int:
+    """Another seed for every number."""
+    return (seed * 1_000_003 + number) % 2**63
