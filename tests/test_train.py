@@ -195,6 +195,22 @@ def test_the_priors_plateau_is_said_once() -> None:
     assert "one pair in three" in (said[PLATEAU_STEPS - 1] or "")
 
 
+def test_a_second_collapse_is_said_again() -> None:
+    """A plateau early in a warm-up is common and harmless; it must not use up the warning."""
+    watch = Watch()
+    losses = [0.6365] * 300 + [0.2] * 1000 + [0.6365] * 1000
+    said = [step for step, loss in enumerate(losses) if watch.see(step, {"itm": loss})]
+    assert len(said) == 2
+    assert said[0] == PLATEAU_STEPS - 1
+    assert 1300 < said[1] <= 1300 + PLATEAU_STEPS
+
+
+def test_a_mean_that_strays_at_the_bands_edge_is_one_collapse() -> None:
+    watch = Watch()
+    losses = [0.6365 + 0.005 * (step // 300 % 2) for step in range(3000)]
+    assert sum(watch.see(step, {"itm": loss}) is not None for step, loss in enumerate(losses)) == 1
+
+
 @pytest.mark.parametrize("losses", [[0.60], [0.5, 0.6], [0.6365]])
 def test_other_losses_are_no_plateau(losses: list[float]) -> None:
     watch = Watch()
