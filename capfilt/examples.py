@@ -24,10 +24,15 @@ from capfilt.inputs import Opened, list_inputs, one_line
 from capfilt.spec import PairSource
 
 PART_ROWS = 250
-"""Rows of a part of a plain file, at most; a part of a dataset is a row group, 8 MiB or so."""
+"""Rows of a part of a plain file, at most where its row groups have up to eight times as many; of larger ones a part is
+an eighth (capfilt.fragments.cut). A part of a dataset is a row group, 8 MiB or so as `curate` writes it."""
 
 GROUP_PARTS = 8
-"""Parts read and shuffled together."""
+"""Parts read and shuffled together, at most."""
+
+GROUP_ROWS = 4_000
+"""Rows of a group, at most, but for a part that has more alone: 640 MB of photographs of 160 KB. Parts of up to 500
+rows, as of plain files with row groups of up to 4,000, are always grouped by eights."""
 
 _THREADS = 16
 
@@ -136,6 +141,19 @@ def _plain_parts(number: int, source: PairSource, pool: ThreadPoolExecutor) -> l
     ]
 
 
+def oversized(parts: Sequence[Part]) -> str | None:
+    """What to say of parts with more rows than a group should have; None where there are none."""
+    large = [part for part in parts if part.rows > GROUP_ROWS]
+    if not large:
+        return None
+    most = max(large, key=lambda part: part.rows)
+    return (
+        f"data: {len(large):,} of {len(parts):,} parts have more than {GROUP_ROWS:,} rows, since row groups are large. "
+        f"A part's rows are in memory at once and shuffled only among themselves: in {most.url} {most.rows:,}. Rewrite "
+        f"such files with smaller row groups (row_group_size={PART_ROWS} of pandas and pyarrow)"
+    )
+
+
 def _row_groups(url: str, options: Mapping[str, Any]) -> list[int]:
     with Opened(url, options) as parquet:
         return [parquet.metadata.row_group(n).num_rows for n in range(parquet.metadata.num_row_groups)]
@@ -164,13 +182,26 @@ def epoch_groups(
     if ranks > 1:
         chosen = _share(chosen, rank, ranks)
         rng = random.Random(f"{seed}/{epoch}/{rank}")
-    cuts = range(0, len(chosen), GROUP_PARTS)
-    return [Group(epoch, tuple(chosen[n : n + GROUP_PARTS]), rng.getrandbits(63)) for n in cuts]
+    return [Group(epoch, tuple(some), rng.getrandbits(63)) for some in _grouped(chosen)]
 
 
 def _rest(weight: float, parts: int) -> int:
     """Parts that an epoch takes beyond whole passes over all of them."""
     return round((weight - int(weight)) * parts)
+
+
+def _grouped(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Runs of at most GROUP_PARTS parts and GROUP_ROWS rows; a part with more rows is alone."""
+    some: list[Part] = []
+    rows = 0
+    for part in parts:
+        if some and (len(some) == GROUP_PARTS or rows + part.rows > GROUP_ROWS):
+            yield some
+            some, rows = [], 0
+        some.append(part)
+        rows += part.rows
+    if some:
+        yield some
 
 
 def _share(parts: Sequence[Part], rank: int, ranks: int) -> list[Part]:

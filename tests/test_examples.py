@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import MakeSpec, jpeg, read, write_shard
 from rich.console import Console
@@ -15,7 +18,18 @@ from stubs import load_hash
 
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import DatasetError, InputError, TrainingError
-from capfilt.examples import GROUP_PARTS, PART_ROWS, Group, Pair, Part, epoch_groups, list_parts, read_group
+from capfilt.examples import (
+    GROUP_PARTS,
+    GROUP_ROWS,
+    PART_ROWS,
+    Group,
+    Pair,
+    Part,
+    epoch_groups,
+    list_parts,
+    oversized,
+    read_group,
+)
 from capfilt.pipelines.curate import curate, in_process
 from capfilt.spec import Input, PairSource
 
@@ -125,6 +139,37 @@ def test_sources_are_mixed_within_groups() -> None:
     sources = [PairSource(dataset="/d"), PairSource(dataset="/e")]
     groups = epoch_groups([*made_up(64), *made_up(64, source=1)], sources, 0, 0)
     assert sum({part.source for part in group.parts} == {0, 1} for group in groups) > 0.8 * len(groups)
+
+
+@pytest.mark.parametrize("rows", [501, 4_000, 15_000])
+def test_a_group_of_large_parts_has_fewer(rows: int) -> None:
+    """A group is one task's memory, and one block's: 8 parts of 15,000 photographs would be 19 GB."""
+    parts = made_up(60, rows=(rows, 10))
+    groups = epoch_groups(parts, [PairSource(dataset="/d")], 0, 0)
+    assert Counter(part for group in groups for part in group.parts) == Counter(parts)
+    assert all(group.rows <= GROUP_ROWS or len(group.parts) == 1 for group in groups)
+    assert max(len(group.parts) for group in groups) <= GROUP_PARTS
+    for one, following in itertools.pairwise(groups):  # none is closed too soon
+        assert len(one.parts) == GROUP_PARTS or one.rows + following.parts[0].rows > GROUP_ROWS
+
+
+def test_large_row_groups_are_pointed_out(tmp_path: Path) -> None:
+    """pandas and pyarrow write row groups of up to a million rows, of which a part is an eighth at least."""
+    fine, large = (tmp_path / name / "0.parquet" for name in ("fine", "large"))
+    image, text = pa.array([b"x"] * 40_000, pa.binary()), pa.array(["text"] * 40_000)
+    for path, row_group in ((fine, 2_000), (large, 40_000)):
+        path.parent.mkdir()
+        pq.write_table(pa.table({"jpg": image, "caption": text}), path, row_group_size=row_group)
+    parts, _ = list_parts([plain(fine)])
+    assert {part.rows for part in parts} == {PART_ROWS}
+    assert oversized(parts) is None
+    parts, _ = list_parts([plain(fine), plain(large)])
+    said = oversized(parts)
+    assert said is not None
+    assert re.search(rf"8 of 168 parts have more than 4,000 rows.* in {large} 5,000\. .*row_group_size=250", said)
+    groups = epoch_groups(parts, [plain(fine), plain(large)], 0, 0)
+    assert max(group.rows for group in groups) == 5_000
+    assert sum(group.rows for group in groups) == 80_000
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(9, 2), (9, 8), (9, 9), (80, 3), (400, 7)])
