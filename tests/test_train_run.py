@@ -97,6 +97,7 @@ def test_pretraining_ends_as_a_captioner_and_a_filter(pretrained: TrainSpec) -> 
         assert not any(info.values()), info
         state = theirs.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in ours.items())
+    assert yaml.safe_load((output / "filter.yaml").read_text())["first_token"] == "[ENC]"
     assert not (output / "state").exists()
     assert list((output / "tensorboard").glob("events.*"))
 
