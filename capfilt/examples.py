@@ -10,17 +10,14 @@ from __future__ import annotations
 import hashlib
 import heapq
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
-
-import pyarrow as pa
 
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import InputError, TrainingError
-from capfilt.fragments import Fragment, cut, read_footer, read_rows
-from capfilt.inputs import Opened, list_inputs, one_line
+from capfilt.fragments import Fragment, cut, read_footer, read_rows, row_group_rows
+from capfilt.inputs import list_inputs, read_parquet
 from capfilt.spec import PairSource
 
 PART_ROWS = 250
@@ -108,7 +105,9 @@ def list_parts(sources: Sequence[PairSource]) -> tuple[list[Part], dict[str, int
             if source.dataset is not None:
                 dataset = CuratedDataset.for_reading(source.dataset, source.storage_options)
                 versions[source.dataset], urls = dataset.pair_files(source.version)
-                groups = pool.map(lambda url, options=source.storage_options: _row_groups(url, options), urls)
+                groups = pool.map(
+                    lambda url, options=source.storage_options: read_parquet(url, options, row_group_rows), urls
+                )
                 found = [
                     Part(number, url, rows, row_group=n)
                     for url, sizes in zip(urls, groups, strict=True)
@@ -152,11 +151,6 @@ def oversized(parts: Sequence[Part]) -> str | None:
         f"A part's rows are in memory at once and shuffled only among themselves: in {most.url} {most.rows:,}. Rewrite "
         f"such files with smaller row groups (row_group_size={PART_ROWS} of pandas and pyarrow)"
     )
-
-
-def _row_groups(url: str, options: Mapping[str, Any]) -> list[int]:
-    with Opened(url, options) as parquet:
-        return [parquet.metadata.row_group(n).num_rows for n in range(parquet.metadata.num_row_groups)]
 
 
 def epoch_groups(
@@ -241,11 +235,11 @@ def _read_part(part: Part, source: PairSource) -> Iterator[Pair | None]:
         for row in read_rows(part.fragment, source.pairs.storage_options):
             yield None if row.image is None or not row.text else _pair(row.image, (row.text,))
         return
-    with Opened(part.url, source.storage_options) as parquet:
-        try:
-            table = parquet.read_row_group(part.row_group, columns=["image", "captions"])
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{part.url}: row group {part.row_group} cannot be read: {one_line(error)}") from error
+    table = read_parquet(
+        part.url,
+        source.storage_options,
+        lambda parquet: parquet.read_row_group(part.row_group, columns=["image", "captions"]),
+    )
     for image, captions in zip(table["image"].to_pylist(), table["captions"].to_pylist(), strict=True):
         texts = tuple(caption["text"] for caption in captions if caption["source"] in source.texts)
         yield _pair(image, texts) if texts else None
