@@ -1,6 +1,6 @@
 """One training step of MED's pretraining (ITC + ITM + LM): capfilt against transformers' modules.
 
-    python benchmarks/med_step.py [--arch base] [--batch 8] [--threads 2] [--repeats 5] [--json FILE]
+    python benchmarks/med_step.py [--arch base] [--batch 8] [--dropout 0] [--threads 2] [--repeats 5] [--json FILE]
     python benchmarks/med_step.py --device cuda --bf16 --batch 48
     python benchmarks/med_step.py --device cuda --bf16 --batch 256 --only-ours
 
@@ -13,6 +13,9 @@ First both compute the losses of one batch in float32, without dropout, and must
 queue, and the same negatives (the reference draws them by our rule: student's similarities and our noise; published are
 the twin's as candidates and torch.multinomial). The reference leaves out the image's mask, which is all ones. Then the
 norms of their first gradients must agree within 1e-4 of it, unless dropout or bfloat16 makes them differ.
+
+Dropout is 0 on both sides unless `--dropout` gives another, of hidden states and attention; a run with `architecture:
+base` trains with 0.1. The printed line says which it was.
 
 Each side is a process of its own; they take turns, one step each, the order alternating, while the other waits on its
 pipe. Times are the worker's wall clock around a step; *CPU* is user and system time of all its threads, the steadier

@@ -171,10 +171,12 @@ def _checked(loaded: RunSpec) -> Iterator[str]:
             yield _check_input(loaded.pairs)[0]
         yield from _check_cards(loaded.captioner, loaded.filter)
     else:
-        from capfilt.examples import list_parts
+        from capfilt.examples import list_parts, oversized
 
         parts, versions = list_parts(loaded.data)
         yield f"data: {sum(part.rows for part in parts):,} rows in {len({part.url for part in parts}):,} files"
+        if said := oversized(parts):
+            yield said
         yield from (f"dataset {dataset}: version {version} of its pairs" for dataset, version in versions.items())
         yield from _check_cards(None if isinstance(loaded, PretrainSpec) else loaded.start)
 

@@ -1,32 +1,35 @@
 """Pairs to train on: what there is, in which order an epoch takes it, and reading it.
 
 An epoch is a list of groups; a group is a handful of row groups from all over the data, read together and shuffled. The
-order is a function of the seed and the epoch, so that a run can take it up again in the middle. Nothing here knows of
-ranks but `share`, and nothing of Ray.
+order is a function of the seed, the epoch and the rank, so that a run can take it up again in the middle. Nothing here
+knows of Ray.
 """
 
 from __future__ import annotations
 
 import hashlib
+import heapq
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
-
-import pyarrow as pa
 
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import InputError, TrainingError
-from capfilt.fragments import Fragment, cut, read_footer, read_rows
-from capfilt.inputs import Opened, list_inputs, one_line
+from capfilt.fragments import Fragment, cut, read_footer, read_rows, row_group_rows
+from capfilt.inputs import list_inputs, read_parquet
 from capfilt.spec import PairSource
 
 PART_ROWS = 250
-"""Rows of a part of a plain file, at most; a part of a dataset is a row group, 8 MiB or so."""
+"""Rows of a part of a plain file, at most where its row groups have up to eight times as many; of larger ones a part is
+an eighth (capfilt.fragments.cut). A part of a dataset is a row group, 8 MiB or so as `curate` writes it."""
 
 GROUP_PARTS = 8
-"""Parts read and shuffled together."""
+"""Parts read and shuffled together, at most."""
+
+GROUP_ROWS = 4_000
+"""Rows of a group, at most, but for a part that has more alone: 640 MB of photographs of 160 KB. Parts of up to 500
+rows, as of plain files with row groups of up to 4,000, are always grouped by eights."""
 
 _THREADS = 16
 
@@ -102,7 +105,9 @@ def list_parts(sources: Sequence[PairSource]) -> tuple[list[Part], dict[str, int
             if source.dataset is not None:
                 dataset = CuratedDataset.for_reading(source.dataset, source.storage_options)
                 versions[source.dataset], urls = dataset.pair_files(source.version)
-                groups = pool.map(lambda url, options=source.storage_options: _row_groups(url, options), urls)
+                groups = pool.map(
+                    lambda url, options=source.storage_options: read_parquet(url, options, row_group_rows), urls
+                )
                 found = [
                     Part(number, url, rows, row_group=n)
                     for url, sizes in zip(urls, groups, strict=True)
@@ -135,17 +140,30 @@ def _plain_parts(number: int, source: PairSource, pool: ThreadPoolExecutor) -> l
     ]
 
 
-def _row_groups(url: str, options: Mapping[str, Any]) -> list[int]:
-    with Opened(url, options) as parquet:
-        return [parquet.metadata.row_group(n).num_rows for n in range(parquet.metadata.num_row_groups)]
+def oversized(parts: Sequence[Part]) -> str | None:
+    """What to say of parts with more rows than a group should have; None where there are none."""
+    large = [part for part in parts if part.rows > GROUP_ROWS]
+    if not large:
+        return None
+    most = max(large, key=lambda part: part.rows)
+    return (
+        f"data: {len(large):,} of {len(parts):,} parts have more than {GROUP_ROWS:,} rows, since row groups are large. "
+        f"A part's rows are in memory at once and shuffled only among themselves: in {most.url} {most.rows:,}. Rewrite "
+        f"such files with smaller row groups (row_group_size={PART_ROWS} of pandas and pyarrow)"
+    )
 
 
-def epoch_groups(parts: Sequence[Part], sources: Sequence[PairSource], seed: int, epoch: int) -> list[Group]:
-    """The groups of an epoch in order: every part as often as its source's weight says, in an order of its own.
+def epoch_groups(
+    parts: Sequence[Part], sources: Sequence[PairSource], seed: int, epoch: int, rank: int = 0, ranks: int = 1
+) -> list[Group]:
+    """A rank's groups of an epoch in order. The ranks together take every part as often as its source's weight says.
 
     Args:
         parts: of all sources.
         sources: for their weights; a fraction of one is a fraction of the parts, others each epoch.
+
+    Raises:
+        TrainingError: there are fewer parts than ranks.
     """
     rng = random.Random(f"{seed}/{epoch}")
     chosen: list[Part] = []
@@ -155,8 +173,10 @@ def epoch_groups(parts: Sequence[Part], sources: Sequence[PairSource], seed: int
         chosen += own * whole
         chosen += rng.sample(own, _rest(source.weight, len(own)))
     rng.shuffle(chosen)
-    cuts = range(0, len(chosen), GROUP_PARTS)
-    return [Group(epoch, tuple(chosen[n : n + GROUP_PARTS]), rng.getrandbits(63)) for n in cuts]
+    if ranks > 1:
+        chosen = _share(chosen, rank, ranks)
+        rng = random.Random(f"{seed}/{epoch}/{rank}")
+    return [Group(epoch, tuple(some), rng.getrandbits(63)) for some in _grouped(chosen)]
 
 
 def _rest(weight: float, parts: int) -> int:
@@ -164,15 +184,38 @@ def _rest(weight: float, parts: int) -> int:
     return round((weight - int(weight)) * parts)
 
 
-def share(groups: Sequence[Group], rank: int, ranks: int) -> list[Group]:
-    """A rank's groups of an epoch.
+def _grouped(parts: Sequence[Part]) -> Iterator[list[Part]]:
+    """Runs of at most GROUP_PARTS parts and GROUP_ROWS rows; a part with more rows is alone."""
+    some: list[Part] = []
+    rows = 0
+    for part in parts:
+        if some and (len(some) == GROUP_PARTS or rows + part.rows > GROUP_ROWS):
+            yield some
+            some, rows = [], 0
+        some.append(part)
+        rows += part.rows
+    if some:
+        yield some
+
+
+def _share(parts: Sequence[Part], rank: int, ranks: int) -> list[Part]:
+    """A rank's of an epoch's parts, in order. Each goes to the rank with the fewest rows; two differ by one at most.
 
     Raises:
-        TrainingError: there are fewer groups than ranks.
+        TrainingError: there are fewer parts than ranks.
     """
-    if len(groups) < ranks:
-        raise TrainingError(f"{len(groups)} groups of rows for {ranks} workers; use fewer workers or more data")
-    return list(groups[rank::ranks])
+    if len(parts) < ranks:
+        raise TrainingError(
+            f"{len(parts)} parts of rows for {ranks} workers; use fewer workers, more data or smaller row groups"
+        )
+    own: list[Part] = []
+    fewest = [(0, number) for number in range(ranks)]  # a heap
+    for part in parts:
+        rows, number = fewest[0]
+        if number == rank:
+            own.append(part)
+        heapq.heapreplace(fewest, (rows + part.rows, number))
+    return own
 
 
 def read_group(group: Group, sources: Sequence[PairSource]) -> list[Pair | None]:
@@ -192,11 +235,11 @@ def _read_part(part: Part, source: PairSource) -> Iterator[Pair | None]:
         for row in read_rows(part.fragment, source.pairs.storage_options):
             yield None if row.image is None or not row.text else _pair(row.image, (row.text,))
         return
-    with Opened(part.url, source.storage_options) as parquet:
-        try:
-            table = parquet.read_row_group(part.row_group, columns=["image", "captions"])
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{part.url}: row group {part.row_group} cannot be read: {one_line(error)}") from error
+    table = read_parquet(
+        part.url,
+        source.storage_options,
+        lambda parquet: parquet.read_row_group(part.row_group, columns=["image", "captions"]),
+    )
     for image, captions in zip(table["image"].to_pylist(), table["captions"].to_pylist(), strict=True):
         texts = tuple(caption["text"] for caption in captions if caption["source"] in source.texts)
         yield _pair(image, texts) if texts else None

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capfilt.errors import InputError
-from capfilt.inputs import STORE_PAUSES, InputFile, Opened, current_identity, one_line
+from capfilt.inputs import STORE_PAUSES, InputFile, Opened, current_identity, one_line, read_parquet
 from capfilt.spec import Columns
 
 IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "image_bytes", "bytes")
@@ -133,19 +133,17 @@ def read_footer(
         InputError: the file is not Parquet, is truncated, or lacks a usable column, or its store keeps failing; the
             message names the file.
     """
-    for pause in (*pauses, None):
-        opened = Opened(file.path, options)
-        try:
-            with opened as parquet:
-                layout = recognise(parquet.schema_arrow, columns, file.path)
-                meta = parquet.metadata
-                return Footer(layout, tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups)))
-        except InputError:
-            final = (FileNotFoundError, PermissionError)  # a store may list what it lets no one read
-            if pause is None or opened.failed is None or isinstance(opened.failed, final):
-                raise
-        time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
+
+    def footer(parquet: pq.ParquetFile) -> Footer:
+        return Footer(recognise(parquet.schema_arrow, columns, file.path), row_group_rows(parquet))
+
+    return read_parquet(file.path, options, footer, pauses)
+
+
+def row_group_rows(parquet: pq.ParquetFile) -> tuple[int, ...]:
+    """Rows of each row group, by the footer."""
+    meta = parquet.metadata
+    return tuple(meta.row_group(i).num_rows for i in range(meta.num_row_groups))
 
 
 def recognise(schema: pa.Schema, columns: Columns, path: str) -> Layout:

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
@@ -21,6 +21,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from capfilt.errors import InputError
 from capfilt.spec import Input
+
+T = TypeVar("T")
 
 STORE_PAUSES = (0.5, 2.0)  # seconds before a store that failed is tried again; the stores' clients retry too
 UNSEEN = "unseen"
@@ -295,6 +297,37 @@ class Opened:
         if self._handle is not None:
             with contextlib.suppress(Exception):  # nothing of a file read is lost by it
                 self._handle.close()
+
+
+def read_parquet(
+    path: str, options: Mapping[str, Any], read: Callable[[pq.ParquetFile], T], pauses: Sequence[float] = STORE_PAUSES
+) -> T:
+    """What `read` makes of a Parquet file, opened and read anew where its store fails.
+
+    A store that says the file is not there, or not for us, is not asked again: it may list what it lets no one read.
+
+    Args:
+        pauses: seconds to wait before each further try.
+
+    Raises:
+        InputError: the file is not Parquet or cannot be decoded, or its store keeps failing; or `read` raises it.
+        MemoryError: there is no memory to read into; the file is not to blame.
+    """
+    for pause in (*pauses, None):
+        opened = Opened(path, options)
+        try:
+            with opened as parquet:
+                return read(parquet)
+        except MemoryError:  # Arrow's own is one, too
+            raise
+        except Exception as error:  # every store raises its own kinds
+            failed = opened.failed
+            if pause is None or failed is None or isinstance(failed, (FileNotFoundError, PermissionError)):
+                if isinstance(error, InputError) or not (failed or isinstance(error, (pa.ArrowException, OSError))):
+                    raise
+                raise InputError(f"{path}: cannot be read: {one_line(failed or error)}") from error
+        time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
 
 
 def current_identity(file: InputFile, options: Mapping[str, Any], pauses: Sequence[float] = STORE_PAUSES) -> str:

@@ -13,6 +13,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import jpeg, read, write_shard
 
@@ -134,6 +136,21 @@ def test_check_looks_for_hub_checkpoints_in_the_cache(spec: Path, monkeypatch: p
     assert "filter filter: o/filter at aaaaaaaaaaaa is not in the cache: will be fetched" in checked.stdout
     (snapshot / "model.safetensors").unlink()
     assert "o/captioner at aaaaaaaaaaaa is in the cache in part" in capfilt("check", spec).stdout
+
+
+def test_check_says_that_row_groups_are_large(tmp_path: Path) -> None:
+    """Else training takes the memory of 8 parts of 5,000 images a reader, and says nothing."""
+    table = pa.table({"jpg": pa.array([b"x"] * 40_000, pa.binary()), "caption": ["text"] * 40_000})
+    pq.write_table(table, tmp_path / "0.parquet", row_group_size=40_000)
+    (tmp_path / "pretrain.yaml").write_text(
+        "kind: pretrain\nname: p\ndata: [{pairs: {paths: 0.parquet}}]\noutput: out\narchitecture: base\n"
+        "tokenizer: {path: tokenizer}\nimage_size: 32\nbatch_size: 8\n"
+    )
+    checked = capfilt("check", tmp_path / "pretrain.yaml")
+    assert checked.returncode == 0, checked.stderr
+    assert f"in {tmp_path}/0.parquet 5,000. Rewrite" in checked.stdout
+    pq.write_table(table, tmp_path / "0.parquet", row_group_size=250)
+    assert "row groups" not in capfilt("check", tmp_path / "pretrain.yaml").stdout
 
 
 def test_check_looks_at_every_card(spec: Path) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
+import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from conftest import MakeSpec, jpeg, read, write_shard
 from rich.console import Console
@@ -13,7 +18,18 @@ from stubs import load_hash
 
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import DatasetError, InputError, TrainingError
-from capfilt.examples import GROUP_PARTS, PART_ROWS, Group, Pair, Part, epoch_groups, list_parts, read_group, share
+from capfilt.examples import (
+    GROUP_PARTS,
+    GROUP_ROWS,
+    PART_ROWS,
+    Group,
+    Pair,
+    Part,
+    epoch_groups,
+    list_parts,
+    oversized,
+    read_group,
+)
 from capfilt.pipelines.curate import curate, in_process
 from capfilt.spec import Input, PairSource
 
@@ -59,8 +75,39 @@ def test_a_pair_is_known_by_its_image(shards: list[PairSource]) -> None:
     assert pair.image == jpeg(int(pair.texts[0].split()[1]))
 
 
-def made_up(count: int, source: int = 0) -> list[Part]:
-    return [Part(source, f"{n}.parquet", rows=10, row_group=0) for n in range(count)]
+def made_up(count: int, source: int = 0, rows: Sequence[int] = (10,)) -> list[Part]:
+    """Parts of so many rows, over and over."""
+    sizes = itertools.islice(itertools.cycle(rows), count)
+    return [Part(source, f"{n}.parquet", size, row_group=0) for n, size in enumerate(sizes)]
+
+
+@pytest.mark.parametrize(
+    ("epoch", "order"),
+    [
+        (
+            0,
+            [
+                ([0, 15, 1, 1, 2, 6, 7, 11], 4071676768602550278),
+                ([10, 17, 4, 18, 14, 16, 9, 11], 8188984656827807932),
+                ([13, 8, 12, 19, 5, 3], 875848283205883971),
+            ],
+        ),
+        (
+            1,
+            [
+                ([2, 7, 0, 12, 17, 13, 17, 4], 3214904815037817419),
+                ([1, 1, 10, 3, 18, 19, 8, 14], 3029823821322982554),
+                ([16, 15, 11, 9, 6, 5], 7457885535488149783),
+            ],
+        ),
+    ],
+)
+@pytest.mark.parametrize("sizes", [[250], [250, 250, 100, 1], [500, 495]])
+def test_one_workers_order_stays_what_it_was(epoch: int, order: list[tuple[list[int], int]], sizes: list[int]) -> None:
+    """Published results are of this order. Parts of up to 250 rows are what plain files give with row groups of up to
+    2,000; the toy web's curated datasets have parts of up to 500."""
+    groups = epoch_groups(made_up(20, rows=sizes), [PairSource(dataset="/d", weight=1.1)], seed=7, epoch=epoch)
+    assert [([int(part.url.split(".")[0]) for part in group.parts], group.seed) for group in groups] == order
 
 
 @pytest.mark.parametrize(("weight", "passes"), [(1.0, 40), (3.0, 120), (0.25, 10), (1.5, 60)])
@@ -94,11 +141,54 @@ def test_sources_are_mixed_within_groups() -> None:
     assert sum({part.source for part in group.parts} == {0, 1} for group in groups) > 0.8 * len(groups)
 
 
-def test_ranks_share_an_epoch() -> None:
-    groups = epoch_groups(made_up(80), [PairSource(dataset="/d")], 0, 0)
-    assert sorted(g.seed for rank in range(3) for g in share(groups, rank, 3)) == sorted(g.seed for g in groups)
-    with pytest.raises(TrainingError, match="10 groups of rows for 11 workers"):
-        share(groups, 0, 11)
+@pytest.mark.parametrize("rows", [501, 4_000, 15_000])
+def test_a_group_of_large_parts_has_fewer(rows: int) -> None:
+    """A group is one task's memory, and one block's: 8 parts of 15,000 photographs would be 19 GB."""
+    parts = made_up(60, rows=(rows, 10))
+    groups = epoch_groups(parts, [PairSource(dataset="/d")], 0, 0)
+    assert Counter(part for group in groups for part in group.parts) == Counter(parts)
+    assert all(group.rows <= GROUP_ROWS or len(group.parts) == 1 for group in groups)
+    assert max(len(group.parts) for group in groups) <= GROUP_PARTS
+    for one, following in itertools.pairwise(groups):  # none is closed too soon
+        assert len(one.parts) == GROUP_PARTS or one.rows + following.parts[0].rows > GROUP_ROWS
+
+
+def test_large_row_groups_are_pointed_out(tmp_path: Path) -> None:
+    """pandas and pyarrow write row groups of up to a million rows, of which a part is an eighth at least."""
+    fine, large = (tmp_path / name / "0.parquet" for name in ("fine", "large"))
+    image, text = pa.array([b"x"] * 40_000, pa.binary()), pa.array(["text"] * 40_000)
+    for path, row_group in ((fine, 2_000), (large, 40_000)):
+        path.parent.mkdir()
+        pq.write_table(pa.table({"jpg": image, "caption": text}), path, row_group_size=row_group)
+    parts, _ = list_parts([plain(fine)])
+    assert {part.rows for part in parts} == {PART_ROWS}
+    assert oversized(parts) is None
+    parts, _ = list_parts([plain(fine), plain(large)])
+    said = oversized(parts)
+    assert said is not None
+    assert re.search(rf"8 of 168 parts have more than 4,000 rows.* in {large} 5,000\. .*row_group_size=250", said)
+    groups = epoch_groups(parts, [plain(fine), plain(large)], 0, 0)
+    assert max(group.rows for group in groups) == 5_000
+    assert sum(group.rows for group in groups) == 80_000
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(9, 2), (9, 8), (9, 9), (80, 3), (400, 7)])
+def test_ranks_share_an_epoch_by_rows(count: int, ranks: int) -> None:
+    """A rank with less would begin its next pass sooner, and show its rows more often."""
+    parts = made_up(count, rows=(1000, 200, 10))
+    shares = [epoch_groups(parts, [PairSource(dataset="/d")], 0, 0, rank, ranks) for rank in range(ranks)]
+    assert Counter(part for groups in shares for group in groups for part in group.parts) == Counter(parts)
+    rows = [sum(group.rows for group in groups) for groups in shares]
+    assert max(rows) - min(rows) <= 1000  # the largest part
+    seeds = [group.seed for groups in shares for group in groups]
+    assert len(set(seeds)) == len(seeds)
+    assert shares[-1] == epoch_groups(parts, [PairSource(dataset="/d")], 0, 0, ranks - 1, ranks)
+    assert shares[-1] != epoch_groups(parts, [PairSource(dataset="/d")], 0, 1, ranks - 1, ranks)
+
+
+def test_fewer_parts_than_ranks_are_refused() -> None:
+    with pytest.raises(TrainingError, match="10 parts of rows for 11 workers; use fewer workers, more data or smaller"):
+        epoch_groups(made_up(10), [PairSource(dataset="/d")], 0, 0, 0, 11)
 
 
 def test_a_texts_draw_is_its_places() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,7 +31,7 @@ def pair(number: int, *texts: str) -> Pair:
 
 def feed(batch: int, **changes: Any) -> Feed:
     given = {"random_views": None, "seed": 0, "limits": Images(), "threads": 2, "device": torch.device("cpu")}
-    return Feed(TEXTS, 16, batch, **{**given, **changes})
+    return Feed(changes.pop("texts", TEXTS), 16, batch, **{**given, **changes})
 
 
 def numbered(pairs: list[Pair | None], epoch: int = 0, start: int = 0) -> Iterator[tuple[Place, Pair | None]]:
@@ -66,6 +67,25 @@ def test_what_cannot_be_used_is_passed_over() -> None:
         [pair(n).image_id for n in own] for own in ((0, 1), (2, 3))
     ]
     assert list(feed(2).batches(numbered([bad, None]))) == []
+
+
+def test_a_text_of_which_nothing_is_left_is_passed_over() -> None:
+    """It would be trained on as [CLS][SEP], which says nothing of the image."""
+    nothing = [pair(n, text) for n, text in enumerate(["!!!", "   ", "#", "\u200b", "\x00"])]
+    pairs: list[Pair | None] = [*nothing, pair(5), pair(6, "red")]
+    for texts in (TEXTS, replace(TEXTS, prompt=(5, 9, 10), max_tokens=9)):
+        one = feed(2, texts=texts)
+        ((batch, place),) = one.batches(numbered(pairs))
+        assert place == Place(0, 7)
+        assert batch.image_ids.tolist() == [pair(5).image_id, pair(6).image_id]
+        assert one.passed_over == {"no_text": 5}
+
+
+def test_a_pair_with_an_empty_text_has_the_draw_it_had() -> None:
+    pairs: list[Pair | None] = [pair(n, "red", "!!!") for n in range(40)]
+    drawn = [one.text(0, 0, row) for row, one in enumerate(pairs, 1) if one]
+    ((batch, _),) = feed(drawn.count("red")).batches(numbered(pairs))
+    assert batch.image_ids.tolist() == [pair(n).image_id for n, text in enumerate(drawn) if text == "red"]
 
 
 @pytest.mark.parametrize("views", [None, Augment()])

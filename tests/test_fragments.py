@@ -24,10 +24,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from capfilt.errors import InputError
-from capfilt.fragments import Fragment, cut, read_footer, read_rows, recognise
-from capfilt.inputs import InputFile, current_identity, list_inputs
+from capfilt.examples import Group, Part, read_group
+from capfilt.fragments import Fragment, cut, read_footer, read_rows, recognise, row_group_rows
+from capfilt.inputs import InputFile, current_identity, list_inputs, read_parquet
 from capfilt.schema import FILE_SCHEMAS, PAIRS
-from capfilt.spec import Columns, Input
+from capfilt.spec import Columns, Input, PairSource
 from capfilt.writer import ParquetWriter
 
 
@@ -552,6 +553,48 @@ def test_a_footer_that_no_further_try_can_mend_is_read_once(
     with pytest.raises(InputError, match=r"teststore://host/in/0\.parquet"):
         read_footer(file, Columns(), {}, pauses=(0, 0))
     assert StoreFS.reads == 2 * once
+
+
+def pairs(path: Path) -> bytes:
+    """A file of a curated dataset's pairs whose pages lie apart from its footer; each image has one text."""
+    caption = {"source": "web", "candidate": 0, "text": "a", "scores": []}
+    images = [os.urandom(3000) for _ in range(50)]
+    table = pa.table({"image": images, "captions": [[caption]] * len(images)})
+    pq.write_table(table, path, row_group_size=20, use_dictionary=False)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("error", TRANSIENT)
+def test_a_datasets_row_group_is_read_again_where_its_store_fails(
+    store: Callable[[bytes], InputFile], tmp_path: Path, error: Callable[[str], Exception]
+) -> None:
+    file = store(pairs(tmp_path / "x"))
+    group = Group(0, (Part(0, file.path, 20, row_group=0),), seed=0)
+    StoreFS.fail = staticmethod(lambda read: error("reset") if read == 1 else None)
+    assert len(read_group(group, [PairSource(dataset="/d")])) == 20
+    assert StoreFS.reads > 1
+
+
+@pytest.mark.parametrize("error", TRANSIENT)
+def test_a_file_is_read_as_a_whole_again_where_its_store_fails(
+    store: Callable[[bytes], InputFile], tmp_path: Path, error: Callable[[str], Exception]
+) -> None:
+    file = store(pairs(tmp_path / "x"))
+
+    def first(parquet: pq.ParquetFile) -> int:
+        return len(parquet.read_row_group(0)) + len(row_group_rows(parquet))
+
+    StoreFS.fail = staticmethod(lambda read: error("reset") if read <= 2 else None)
+    assert read_parquet(file.path, {}, first, pauses=(0, 0)) == 20 + 3
+    StoreFS.fail = staticmethod(lambda _: error("reset"))
+    with pytest.raises(InputError, match=r"teststore://host/in/0\.parquet: cannot be read: .*reset"):
+        read_parquet(file.path, {}, first, pauses=(0, 0))
+
+
+def test_a_fault_of_ours_comes_as_itself(store: Callable[[bytes], InputFile], tmp_path: Path) -> None:
+    file = store(pairs(tmp_path / "x"))
+    with pytest.raises(KeyError, match="typo"):
+        read_parquet(file.path, {}, lambda parquet: parquet.read()["typo"])
 
 
 @pytest.mark.parametrize("error", [MemoryError, pa.ArrowMemoryError])

@@ -294,3 +294,33 @@ def test_a_field_set_in_fine_tuning_leaves_the_others_as_they_are() -> None:
 def test_what_would_be_ignored_is_refused(model: type[BaseModel], given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         model.model_validate(given)
+
+
+PRETRAIN = (
+    "kind: pretrain\nname: p\ndata: [{pairs: {paths: x}}]\noutput: out\narchitecture: base\ntokenizer: {path: t}\n"
+    "image_size: 32\nbatch_size: 8\n"
+)
+
+
+def test_an_entry_of_a_list_of_values_is_named_by_its_list(tmp_path: Path) -> None:
+    (tmp_path / "pretrain.yaml").write_text(PRETRAIN)
+    with pytest.raises(SpecError, match=r"data\.0\.texts\.1: Input should be 'web' or 'synthetic'"):
+        load_spec(tmp_path / "pretrain.yaml", ["data=[{dataset: x, texts: [web, human]}]"])
+
+
+@pytest.mark.parametrize(
+    ("betas", "message"),
+    [
+        ("[0.9, 1]", "optimiser.betas.1: Input should be less than 1 (got 1)"),
+        ("[1.5, 0.999]", "optimiser.betas.0: Input should be less than 1 (got 1.5)"),
+        ("[-0.1, 0.999]", "optimiser.betas.0: Input should be greater than or equal to 0 (got -0.1)"),
+    ],
+)
+def test_betas_that_adamw_would_refuse_are_refused(tmp_path: Path, betas: str, message: str) -> None:
+    """AdamW's own ValueError would come as a traceback, from a worker."""
+    (tmp_path / "pretrain.yaml").write_text(PRETRAIN)
+    with pytest.raises(SpecError) as caught:
+        load_spec(tmp_path / "pretrain.yaml", [f"optimiser.betas={betas}"])
+    assert message in str(caught.value)
+    spec = load_spec(tmp_path / "pretrain.yaml", ["optimiser.betas=[0, 0.98]"])
+    assert spec.optimiser.betas == (0, 0.98)

@@ -43,7 +43,9 @@ def batches(start: int = 0) -> Iterator[Batch]:
         yield Batch(torch.randn(6, 3, 16, 16, generator=g), ids, mask, torch.arange(6))
 
 
-def training(total: int, *, objective: Any = None, autocast: bool = False, **optimiser: Any) -> Training:
+def training(
+    total: int, *, objective: Any = None, autocast: bool = False, rank: int = 0, ranks: int = 1, **optimiser: Any
+) -> Training:
     if objective is None:
         g = torch.Generator().manual_seed(0)
         med = Med(config())
@@ -60,6 +62,8 @@ def training(total: int, *, objective: Any = None, autocast: bool = False, **opt
         alpha_epochs=2,
         autocast=autocast,
         seed=7,
+        rank=rank,
+        ranks=ranks,
     )
 
 
@@ -101,6 +105,17 @@ def test_a_step_reports_all_that_moves() -> None:
     }  # fmt: skip
     assert first["lm"] == pytest.approx(math.log(64), rel=0.05)
     assert (first["alpha"], first["learning_rate"]) == (0, 1e-6)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_step_of_every_rank_has_dropout_of_its_own(ranks: int) -> None:
+    seeds = []
+    for rank in range(ranks):
+        run = training(4, rank=rank, ranks=ranks)
+        seeds += [torch.initial_seed() for _ in run.run(batches(), lambda _: None, print)]
+    assert len(set(seeds)) == 4 * ranks
+    if ranks == 1:
+        assert seeds == [8_000_024, 8_000_025, 8_000_026, 8_000_027]  # published results are of these
 
 
 @pytest.mark.parametrize("stop", [1, 5])
@@ -178,6 +193,22 @@ def test_the_priors_plateau_is_said_once() -> None:
     said = [watch.see(step, {"itm": PRIOR_COLLAPSE}) for step in range(3 * PLATEAU_STEPS)]
     assert [n for n, text in enumerate(said) if text] == [PLATEAU_STEPS - 1]
     assert "one pair in three" in (said[PLATEAU_STEPS - 1] or "")
+
+
+def test_a_second_collapse_is_said_again() -> None:
+    """A plateau early in a warm-up is common and harmless; it must not use up the warning."""
+    watch = Watch()
+    losses = [0.6365] * 300 + [0.2] * 1000 + [0.6365] * 1000
+    said = [step for step, loss in enumerate(losses) if watch.see(step, {"itm": loss})]
+    assert len(said) == 2
+    assert said[0] == PLATEAU_STEPS - 1
+    assert 1300 < said[1] <= 1300 + PLATEAU_STEPS
+
+
+def test_a_mean_that_strays_at_the_bands_edge_is_one_collapse() -> None:
+    watch = Watch()
+    losses = [0.6365 + 0.005 * (step // 300 % 2) for step in range(3000)]
+    assert sum(watch.see(step, {"itm": loss}) is not None for step, loss in enumerate(losses)) == 1
 
 
 @pytest.mark.parametrize("losses", [[0.60], [0.5, 0.6], [0.6365]])

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import ray.data
 import torch
@@ -96,6 +97,7 @@ def test_pretraining_ends_as_a_captioner_and_a_filter(pretrained: TrainSpec) -> 
         assert not any(info.values()), info
         state = theirs.state_dict()
         assert all(torch.equal(state[name], tensor) for name, tensor in ours.items())
+    assert yaml.safe_load((output / "filter.yaml").read_text())["first_token"] == "[ENC]"
     assert not (output / "state").exists()
     assert list((output / "tensorboard").glob("events.*"))
 
@@ -201,6 +203,17 @@ def test_a_group_is_one_block_however_large(home: Path) -> None:
         train(spec_in(home, PRETRAIN, output="cut", steps=1))
     finally:
         context.target_max_block_size = before
+
+
+def test_large_row_groups_are_pointed_out(home: Path) -> None:
+    row = pq.read_table(home / "pairs" / "shards" / "00000.parquet").slice(0, 1)
+    (home / "large").mkdir()
+    pq.write_table(row.take([0] * 40_000), home / "large" / "0.parquet", row_group_size=40_000)
+    said = io.StringIO()
+    spec = spec_in(home, PRETRAIN, output="large-groups", data=[{"pairs": {"paths": "large"}}], max_tokens=400)
+    with pytest.raises(SpecError, match="max_tokens"):  # before a row is read
+        train(spec, console=Console(file=said))
+    assert "capfilt: data: 8 of 8 parts have more than 4,000 rows" in said.getvalue()
 
 
 def test_what_a_person_turns_when_training_diverges_may_change(home: Path) -> None:

@@ -141,6 +141,9 @@ class Feed:
         """A pair's view and text; drawn for each place, as one image may come several times in an epoch."""
         if pair is None:
             return Reason.NO_TEXT
+        ids = self._texts.ids(pair.text(self._seed, *place))
+        if ids == self._texts.ids(""):  # clean-up has left nothing
+            return Reason.NO_TEXT
         try:
             rgb = decode(pair.image, self._limits).rgb
         except ImageError as error:
@@ -158,7 +161,7 @@ class Feed:
                 operations=views.operations,
                 magnitude=views.magnitude,
             )
-        return _Ready(pixels_CSS.permute(1, 2, 0), self._texts.ids(pair.text(self._seed, *place)), pair.image_id)
+        return _Ready(pixels_CSS.permute(1, 2, 0), ids, pair.image_id)
 
     def _collated(self, batch: list[_Ready]) -> Batch:
         pixels_BCSS = torch.stack([ready.pixels for ready in batch]).permute(0, 3, 1, 2)

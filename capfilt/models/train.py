@@ -28,6 +28,9 @@ PLATEAU_STEPS = 200
 PLATEAU_WIDTH = 0.003
 """How near the prior's loss the mean over those steps must be."""
 
+PLATEAU_LEFT = 0.03
+"""How far from it the mean must be for a collapse to be over; ten widths, so that noise at the edge ends none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Clock:
@@ -81,7 +84,7 @@ class Watch:
     warned: bool = False
 
     def see(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """A warning, once, if the matching head has collapsed to the prior.
+        """A warning, once a collapse, if the matching head has collapsed to the prior.
 
         Raises:
             TrainingError: a loss is not a number.
@@ -96,8 +99,10 @@ class Watch:
             return None
         self.recent.append(metrics["itm"])
         mean = sum(self.recent) / len(self.recent)
-        stuck = len(self.recent) == PLATEAU_STEPS and abs(mean - PRIOR_COLLAPSE) < PLATEAU_WIDTH
-        if self.warned or not stuck:
+        gap = abs(mean - PRIOR_COLLAPSE)
+        if gap > PLATEAU_LEFT:
+            self.warned = False
+        if self.warned or gap >= PLATEAU_WIDTH or len(self.recent) < PLATEAU_STEPS:
             return None
         self.warned = True
         return (
@@ -181,7 +186,7 @@ class Training:
         weight = alpha(clock, *self._alpha)
         # The step's own seeds: a run that resumes draws as one that never stopped.
         noise = torch.Generator().manual_seed(_mixed(self._seed, clock.step))
-        torch.manual_seed(_mixed(self._seed + 1, clock.step) + self._rank)
+        torch.manual_seed(_mixed(self._seed + 1, clock.step * self._ranks + self._rank))
         self.inner.follow()
         sums: dict[str, Tensor] = {}
         for number, batch in enumerate(batches, 1):
@@ -233,6 +238,6 @@ class Training:
         self.watch.warned = state["warned"]
 
 
-def _mixed(seed: int, step: int) -> int:
-    """Another seed for every step."""
-    return (seed * 1_000_003 + step) % 2**63
+def _mixed(seed: int, number: int) -> int:
+    """Another seed for every number."""
+    return (seed * 1_000_003 + number) % 2**63

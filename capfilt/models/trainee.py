@@ -219,7 +219,7 @@ def _write_card(spec: TrainSpec, role: str) -> None:
     if role == "captioner":
         card["prompt"] = spec.prompt if isinstance(spec, FinetuneCaptionerSpec) else ""
     else:
-        card["max_tokens"] = spec.max_tokens
+        card |= {"first_token": "[ENC]", "max_tokens": spec.max_tokens}
     heading = f"# Written by the {spec.kind} run {spec.name}; run.json beside it says what it was trained on.\n"
     staged = Path(spec.output) / f".{role}.yaml"
     staged.write_text(heading + yaml.safe_dump(card, sort_keys=False), encoding="utf-8")

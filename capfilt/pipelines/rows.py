@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from capfilt.errors import CapfiltError, TrainingError
-from capfilt.examples import Group, Pair, Part, epoch_groups, read_group, share
+from capfilt.examples import Group, Pair, Part, epoch_groups, read_group
 from capfilt.models.feed import Place
 from capfilt.pipelines.session import quiet
 from capfilt.spec import PairSource
@@ -64,7 +64,7 @@ def rank_rows(
         wanted: how many usable rows are expected to be asked for; not many more are read at first.
 
     Raises:
-        TrainingError: there are fewer groups than ranks.
+        TrainingError: there are fewer parts than ranks.
         InputError: a file cannot be read.
         ray.exceptions.RayError: Ray lost what it was reading.
     """
@@ -92,7 +92,7 @@ def _groups(data: Data, rank: int, ranks: int, place: Place) -> Iterator[tuple[P
     """Groups that end after a place, each with where it starts."""
     for epoch in itertools.count(place.epoch):
         row = 0
-        for group in share(epoch_groups(data.parts, data.sources, data.seed, epoch), rank, ranks):
+        for group in epoch_groups(data.parts, data.sources, data.seed, epoch, rank, ranks):
             if epoch > place.epoch or row + group.rows > place.row:
                 yield Place(epoch, row), group
             row += group.rows

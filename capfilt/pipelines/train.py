@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 
 from capfilt.errors import CapfiltError, CheckpointError, DatasetError, SpecError, TrainingError
-from capfilt.examples import Part, list_parts
+from capfilt.examples import Part, list_parts, oversized
 from capfilt.fingerprints import fingerprint
 from capfilt.models.trainee import ROLES
 from capfilt.pipelines.rows import Data
@@ -85,7 +85,10 @@ def train(spec: TrainSpec, *, console: Console | None = None) -> TrainSummary:
         states = States(output)
         summary.rows, summary.steps, summary.resumed_at = task.data.rows, task.total, states.newest() or 0
         if not _done(spec):
-            display = TrainingDisplay(console or Console(stderr=True), output, summary.resumed_at, task.total)
+            console = console or Console(stderr=True)
+            if said := oversized(task.data.parts):
+                console.print(f"capfilt: {said}", markup=False, highlight=False, soft_wrap=True)
+            display = TrainingDisplay(console, output, summary.resumed_at, task.total)
             with interruptible(), display:
                 _fit(task)
         states.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -176,13 +177,12 @@ def _models(annotation: Any) -> set[type[BaseModel]]:
 def _explain(item: Any, what: Any) -> str:
     """One line for one pydantic error: the field's path, what is wrong and, for an unknown key, the nearest name."""
     models, path = _models(what), []
-    for part in item["loc"][:-1]:
-        inner = {
-            m for model in models if part in model.model_fields for m in _models(model.model_fields[part].annotation)
-        }
-        if inner or isinstance(part, int):
+    for part, following in itertools.pairwise(item["loc"]):
+        fields = [model.model_fields[part] for model in models if part in model.model_fields]
+        inner = {model for field in fields for model in _models(field.annotation)}
+        if inner or isinstance(part, int) or (fields and isinstance(following, int)):
             path.append(str(part))
-        models = inner or models  # a union's tag in the location is no field
+        models = inner or models  # a union's tag in the location is no field, though it may be named as one
     last = str(item["loc"][-1]) if item["loc"] else ""
     field = ".".join([*path, last])
     if item["type"] == "extra_forbidden":

@@ -58,6 +58,9 @@ def _named(value: Any) -> Any:
     return ARCHITECTURES.get(value, value) if isinstance(value, str) else value
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class Optimiser(Model):
     """AdamW and its learning rate. The defaults are BLIP's pretraining of ViT-B (configs/pretrain.yaml)."""
 
@@ -70,7 +73,7 @@ class Optimiser(Model):
     warmup_steps: int = Field(default=3000, ge=0, description="Linear from warmup_lr.")
     warmup_lr: float = Field(default=1e-6, ge=0, le=1)
     weight_decay: float = Field(default=0.05, ge=0, le=1)
-    betas: tuple[float, float] = Field(default=(0.9, 0.999))
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="What AdamW's two moments keep of themselves.")
     accumulate: int = Field(default=1, ge=1, le=4096, description="Batches a step.")
     clip_norm: float | None = Field(default=None, gt=0, description="Of the gradient; as published, none.")
 
