@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,6 +112,40 @@ def test_as_many_tokens_as_there_is_memory_for(checkpoint: Path, images: Tensor)
     step.cache.length = step.cache.room
     with pytest.raises(ValueError, match="tokens for a cache of"):
         step(torch.zeros(16, dtype=torch.int64))
+
+
+def test_an_image_alone_is_the_reference_and_not_played(checkpoint: Path, images: Tensor) -> None:
+    writer, recorder = playing(checkpoint)
+    assert writer.caption(images[:1], SHAS[:1]) == captioner(checkpoint).caption(images[:1], SHAS[:1])
+    assert recorder.recorded == recorder.played == 0
+
+
+def test_a_batch_that_was_no_number_leaves_nothing_behind(checkpoint: Path, images: Tensor) -> None:
+    expected = captioner(checkpoint).caption(images[:16], SHAS[:16])
+    writer, recorder = playing(checkpoint)
+    writer.caption(images[:16], SHAS[:16])
+    assert writer._player is not None
+    assert writer._player._step is not None
+    with torch.inference_mode():
+        writer._player._step.cache._all.fill_(torch.nan)
+    assert writer.caption(images[:16], SHAS[:16]) == expected
+    assert recorder.recorded == 1
+
+
+def test_one_recording_is_in_memory_at_a_time(checkpoint: Path, images: Tensor) -> None:
+    writer, _ = playing(checkpoint)
+    writer.caption(images[:4], SHAS[:4])
+    assert writer._player is not None
+    before, alive = weakref.ref(writer._player._step), []
+
+    def record(step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+        gc.collect()
+        alive.append(before() is not None)
+        return Recorder()(step)
+
+    writer._player._record = record
+    writer.caption(images[:16], SHAS[:16])
+    assert alive == [False]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="records a CUDA graph; there is no CUDA device")

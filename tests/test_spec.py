@@ -324,3 +324,12 @@ def test_betas_that_adamw_would_refuse_are_refused(tmp_path: Path, betas: str, m
     assert message in str(caught.value)
     spec = load_spec(tmp_path / "pretrain.yaml", ["optimiser.betas=[0, 0.98]"])
     assert spec.optimiser.betas == (0, 0.98)
+
+
+@pytest.mark.parametrize("value", ["0", "4097", "many", "1.5", "true"])
+def test_a_batch_size_that_is_none_is_named(spec_file: Path, value: str) -> None:
+    with pytest.raises(
+        SpecError, match=r"captioners\.0\.batch_size: .*expected `auto`, or a whole number from 1 to 4096"
+    ):
+        load_spec(spec_file, [f"captioners.0.batch_size={value}"])
+    assert load_spec(spec_file, ["captioners.0.batch_size=auto"]).captioners[0].batch_size == "auto"

@@ -108,6 +108,7 @@ class Cache:
         assert self.place_1 is not None
         held = other._all[..., : other.length, :]  # behind it is what nobody wrote
         self._all[:, :, : held.shape[2], :, : other.length].copy_(held)
+        self._all[..., other.length :, :].zero_()  # read times 0: what a batch before left there may be no number
         self.length = other.length
         self.place_1.fill_(other.length)
 

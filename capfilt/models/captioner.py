@@ -67,6 +67,9 @@ class Captioner:
         self._blip.require_positions(len(prompt) + sampling.max_tokens, "captioner.prompt and sampling.max_tokens")
         self._rules = decoding.Rules(prompt, self._blip.sep, _banned(self._blip), sampling)
         self._fitting.measure(self._try, self._blip.device, card.placement.gpus)
+        if self._player and card.batch_size != "auto":  # which has tried already
+            with torch.inference_mode():
+                self._try(min(2, card.batch_size))  # what cannot be recorded here is no row's fault
 
     @property
     def batch_size(self) -> int:
@@ -141,7 +144,8 @@ class Captioner:
                 rows = [(row, candidate) for row in images for candidate in candidates]
                 keys_R = [draws.row_key(self._sampling.seed, sha256[row], candidate) for row, candidate in rows]
                 alone = len(seen_BTW) == len(rows) == 1
-                player = self._player if len(candidates) == min(k, most) else None  # it has one number of candidates
+                played = not alone and len(candidates) == min(k, most)  # a recording has one number of candidates
+                player = self._player if played else None
                 ids_R, tied_R = self._write(image, keys_R, 0.0 if alone else self._tolerance, player)
                 for (row, _), key, ids, tied in zip(rows, keys_R, ids_R, tied_R, strict=True):
                     captions.append(self._text(self._write_alone(images_BCSS[row : row + 1], key) if tied else ids))

@@ -129,6 +129,8 @@ def load(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
             network = kind(config).to(DTYPES[card.dtype])
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}") from None
+    if torch.device(device).type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape anew, in every thread
     materialise(network, device)
     fill(network, state, str(directory))
     if card.compile:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
@@ -98,8 +99,12 @@ class Fitting:
         """
         if not self._open or device.type != "cuda":
             return
-        with torch.inference_mode():
-            self.images = most_that_fit(batch, CudaMemory(), min(1.0, gpus or 1.0))
+        found = None
+        with torch.inference_mode(), contextlib.suppress(torch.OutOfMemoryError):
+            found = most_that_fit(batch, CudaMemory(), min(1.0, gpus or 1.0))
+        if found is None:
+            self._give_back()
+        self.images = found or _TRIED[0]
         _log.info("%s: %d images at a time", self._name, self.images)
 
     def run(self, count: int, batch: Callable[[slice], Sequence[T]]) -> list[T]:
@@ -128,9 +133,12 @@ class Fitting:
                 raise
         # Not in the handler: the error holds on to the tensors of the frames it went through.
         self.images = size // 2
+        self._give_back()
+        _log.warning("%s: %d images do not fit the device's memory; going on with %d", self._name, size, self.images)
+        return None
+
+    def _give_back(self) -> None:
         if self._forget:
             self._forget()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        _log.warning("%s: %d images do not fit the device's memory; going on with %d", self._name, size, self.images)
-        return None

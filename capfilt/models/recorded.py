@@ -10,6 +10,7 @@ B  images    R  rows, texts of B images, as many of each    V  vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -22,9 +23,15 @@ Record = Callable[[Callable[[], Tensor]], tuple[Callable[[], object], Tensor]]
 _WARM_UP = 3
 
 
+@cache
+def _aside() -> torch.cuda.Stream:
+    """The stream of all recordings: libraries keep their workspace of each stream for ever."""
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
 def cuda_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
     """Record a step on the current device; a :data:`Record`."""
-    current, aside = torch.cuda.current_stream(), torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    current, aside = torch.cuda.current_stream(), _aside()
     aside.wait_stream(current)
     with torch.cuda.stream(aside):
         for _ in range(_WARM_UP):  # libraries choose kernels and take their workspace before anything is recorded
@@ -32,7 +39,7 @@ def cuda_graph(step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor
     current.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     # Another thread may send pixels meanwhile; by default that would break the recording.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
         written = step()
     return graph.replay, written
 
@@ -123,6 +130,7 @@ class Player:
                 return None
             step.load(image, cache, rows)
             return step
+        del step
         self.forget()  # first: both may not fit
         self._step = Step(self._decoder, image, cache, rows, self._record)
         return self._step

@@ -39,18 +39,24 @@ class Upload:
 
         Returns:
             uint8 [N, 3, S, S] on the device, for use after :meth:`arrive`; a view where no row is missing in between.
+            On the host where the device has no memory for it now: whoever computes with it copies it, or less of it.
         """
         whole = list(rows) == list(range(len(rows)))
-        if self._stream is None:
-            return (buffer_BSSC[: len(rows)] if whole else buffer_BSSC[rows]).permute(0, 3, 1, 2)
-        some_BSSC = buffer_BSSC[: rows[-1] + 1 if rows else 0]
-        with torch.cuda.stream(self._stream):
-            sent_BSSC = some_BSSC.to(self._device, non_blocking=True)
+        if self._stream is not None:
+            try:
+                return self._sent(self._stream, buffer_BSSC, rows, whole).permute(0, 3, 1, 2)
+            except torch.OutOfMemoryError:
+                pass  # below, where the error no longer holds on to what it met
+        return (buffer_BSSC[: len(rows)] if whole else buffer_BSSC[rows]).permute(0, 3, 1, 2)
+
+    def _sent(self, stream: torch.cuda.Stream, buffer_BSSC: Tensor, rows: Sequence[int], whole: bool) -> Tensor:
+        with torch.cuda.stream(stream):
+            sent_BSSC = buffer_BSSC[: rows[-1] + 1 if rows else 0].to(self._device, non_blocking=True)
             if not whole:
                 sent_BSSC = sent_BSSC[torch.tensor(rows, device=self._device)]
         # Its memory is the sending stream's: it must not be used again while the computing one still reads it.
         sent_BSSC.record_stream(torch.cuda.current_stream(self._device))
-        return sent_BSSC.permute(0, 3, 1, 2)
+        return sent_BSSC
 
     def arrive(self) -> None:
         """Let what the device computes from here on wait for all that was sent."""

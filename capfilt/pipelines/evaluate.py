@@ -173,7 +173,7 @@ def _filtering(
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
     images, what = pairs.images, _size(pairs)
-    with parts.part("load", f"filter {card.name}"):
+    with parts.part("load", f"filter {card.name}"), _blamed_on(card):
         filter_ = ItmFilter(card, device)
     if spec.retrieval is not None:
         k_test, pool, cleaned = spec.retrieval.k_test, spec.retrieval.pool, [image.cleaned for image in images]

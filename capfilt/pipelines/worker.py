@@ -371,6 +371,10 @@ class Worker:
                 provenance=self.job.provenance(file.input_id),
                 failure=str(error),
             )
+        except Exception as error:
+            if _device_is_lost(error):  # noticed while pixels were sent
+                raise DeviceLostError(f"the device failed: {error}") from error
+            raise
 
     def _decoded(self, fragment: Fragment, seconds: dict[str, float]) -> Iterator[tuple[list[_Item], _Buffers]]:
         """Batches of rows in order, decoded ahead in threads, and buffers that hold the n-th row's pixels at [n]."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from capfilt.spec.fields import Checkpoint, Model
 
@@ -24,7 +24,13 @@ class Placement(Model):
         return self
 
 
-BatchSize = Annotated[int, Field(ge=1, le=4096)] | Literal["auto"]
+def _batch_size(value: Any) -> Any:
+    if value != "auto" and not (type(value) is int and 1 <= value <= 4096):
+        raise ValueError("expected `auto`, or a whole number from 1 to 4096")
+    return value
+
+
+BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_batch_size)]
 """Images in one forward pass."""
 
 
