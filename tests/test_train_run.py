@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from capfilt.errors import ConflictError, SpecError, TrainingError
 from capfilt.models import checkpoints
 from capfilt.models.tiny import write_tiny_pair
 from capfilt.pipelines.run_files import States, only_one, read_log
-from capfilt.pipelines.train import train
+from capfilt.pipelines.train import _end, train
 from capfilt.pipelines.training_progress import TrainingDisplay
 from capfilt.spec import TrainSpec, load_card, load_spec
 from capfilt.toyweb import render_clean
@@ -114,6 +115,22 @@ def test_a_run_that_is_done_is_left_alone(pretrained: TrainSpec) -> None:
     summary = train(pretrained)
     assert summary.last["step"] == 20
     assert (Path(pretrained.output) / "captioner" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_workers_that_end_without_a_card_are_not_done(home: Path, pretrained: TrainSpec) -> None:
+    """As where rank 0 wrote on a disk of its own: what the driver's disk has of the run stays."""
+    output = home / "not-shared"
+    shutil.copytree(pretrained.output, output)
+    (output / "filter.yaml").unlink()
+    spec = spec_in(home, PRETRAIN, output="not-shared")
+    states = States(output)
+    states.write(5, {})
+    with pytest.raises(TrainingError, match=r"not-shared/filter\.yaml: no such file.* that all workers share"):
+        _end(spec, states)
+    assert states.newest() == 5
+    shutil.copy(Path(pretrained.output) / "filter.yaml", output)
+    _end(spec, states)
+    assert states.newest() is None
 
 
 def start(spec_file: Path, **environment: str) -> subprocess.Popen[bytes]:

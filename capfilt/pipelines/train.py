@@ -84,11 +84,11 @@ def train(spec: TrainSpec, *, console: Console | None = None) -> TrainSummary:
         task = _prepare(spec)
         states = States(output)
         summary.rows, summary.steps, summary.resumed_at = task.data.rows, task.total, states.newest() or 0
-        if not _done(spec):
+        if _missing(spec):
             display = TrainingDisplay(console or Console(stderr=True), output, summary.resumed_at, task.total)
             with interruptible(), display:
                 _fit(task)
-        states.clear()
+        _end(spec, states)
         lines = read_log(output)
     summary.last = next((line for line in reversed(lines) if "warning" not in line), {})
     summary.warnings = [line["warning"] for line in lines if "warning" in line]
@@ -97,8 +97,24 @@ def train(spec: TrainSpec, *, console: Console | None = None) -> TrainSummary:
     return summary
 
 
-def _done(spec: TrainSpec) -> bool:
-    return all((Path(spec.output) / f"{role}.yaml").exists() for role in ROLES[spec.kind])
+def _missing(spec: TrainSpec) -> list[Path]:
+    """The cards that are still to come."""
+    cards = [Path(spec.output) / f"{role}.yaml" for role in ROLES[spec.kind]]
+    return [card for card in cards if not card.exists()]
+
+
+def _end(spec: TrainSpec, states: States) -> None:
+    """Remove the states, which a run that is done needs no longer.
+
+    Raises:
+        TrainingError: it is not done, though its workers are.
+    """
+    if missing := _missing(spec):
+        raise TrainingError(
+            f"{missing[0]}: no such file, though the workers have ended; output must be a directory that all workers "
+            "share. What they wrote is on their machines; name a shared directory, or share this one, and run again"
+        )
+    states.clear()
 
 
 # --- what is trained on ---
