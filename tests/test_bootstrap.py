@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,12 +17,14 @@ from typing import Any
 import pytest
 import yaml
 from rich.console import Console
+from typer.testing import CliRunner
 
-from capfilt.errors import SpecError, TrainingError
+from capfilt.cli import app
+from capfilt.errors import CapfiltError, SpecError, TrainingError
 from capfilt.models.tiny import write_tiny_pair
 from capfilt.pipelines.bootstrap import bootstrap, plan_stages
 from capfilt.pipelines.stages import Stage, StageError, _Running, run_stages, to_begin
-from capfilt.spec import BootstrapSpec, EvaluateSpec, Input, load_spec
+from capfilt.spec import BootstrapSpec, EvaluateSpec, Input, Truth, load_spec
 from capfilt.toyweb import render, render_clean
 
 TRAINING: dict[str, Any] = {
@@ -126,6 +129,64 @@ def test_settings_are_compared_at_equal_steps_only(home: Path) -> None:
 def test_what_would_fail_only_days_later_is_refused_at_once(home: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         spec_in(home, "late", **changes)
+
+
+MISTYPED = pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"truth": {"toyweb": "wbe"}}, "wbe is not a rendered toy web"),
+        ({"evaluate": {**SPEC["evaluate"], "truth": {"toyweb": "tset"}}}, "tset is not a rendered toy web"),
+        ({"evaluate": {**SPEC["evaluate"], "pairs": {"paths": "tset"}}}, "tset: no such file or directory"),
+        (
+            {"pretrain": {**SPEC["pretrain"], "tokenizer": {"path": "tniy"}}},
+            "tokenizer: .*tniy: neither tokenizer.json",
+        ),
+        (
+            {"pretrain": {**SPEC["pretrain"], "initial": {"vision": {"path": "vit"}}}},
+            r"initial\.vision: .*vit: no such directory",
+        ),
+    ],
+)
+
+
+@MISTYPED
+def test_what_is_mistyped_is_found_before_the_first_stage(home: Path, changes: dict[str, Any], message: str) -> None:
+    spec = spec_in(home, "mistyped", **changes)
+    with pytest.raises(CapfiltError, match=message):
+        bootstrap(spec, console=Console(quiet=True))
+    assert not (Path(spec.output) / "run.json").exists()
+
+
+@MISTYPED
+def test_check_finds_what_is_mistyped(home: Path, changes: dict[str, Any], message: str) -> None:
+    spec_in(home, "mistyped", **changes)
+    done = CliRunner().invoke(app, ["check", str(home / "mistyped.yaml")])
+    assert isinstance(done.exception, CapfiltError)
+    assert re.search(message, str(done.exception))
+    assert done.stdout == ""
+
+
+def test_check_loads_neither_torch_nor_ray(home: Path) -> None:
+    """And says where all is that a bootstrap, and a pretraining and an evaluation of its own, start from."""
+    spec_in(home, "checked")
+    pretrain = {**SPEC["pretrain"], "kind": "pretrain", "name": "alone", "output": "alone"}
+    (home / "pretrain.yaml").write_text(yaml.safe_dump({**pretrain, "data": [{"pairs": SPEC["human"]}]}))
+    asked = evaluation(home, "measured", truth=Truth(toyweb=str(home / "test")))()
+    (home / "evaluate.yaml").write_text(yaml.safe_dump(asked.model_dump(mode="json")))
+    code = (
+        "import sys\n"
+        "from typer.testing import CliRunner\n"
+        "from capfilt.cli import app\n"
+        "for spec in sys.argv[1:]:\n"
+        "    print(CliRunner().invoke(app, ['check', spec], catch_exceptions=False).stdout)\n"
+        "print('loaded:', sorted({'torch', 'transformers', 'ray'} & set(sys.modules)))\n"
+    )
+    specs = [str(home / f"{name}.yaml") for name in ("checked", "pretrain", "evaluate")]
+    done = subprocess.run([sys.executable, "-c", code, *specs], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "loaded: []"
+    assert done.stdout.count(f"\ntokenizer: found in {home / 'tiny' / 'captioner'}\n") == 2
+    assert done.stdout.count(f"\ntruth: read from {home / 'test'}\n") == 2
+    assert done.stdout.count(f"\ntruth: read from {home / 'web'}\n") == 1
 
 
 def metrics(output: str) -> list[dict[str, Any]]:

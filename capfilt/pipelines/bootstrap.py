@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from capfilt.inputs import list_inputs
 from capfilt.pipelines.run_files import compare_record, only_one, read_record, write_json
 from capfilt.pipelines.session import interruptible, surroundings
 from capfilt.pipelines.stages import Stage, run_stages
@@ -35,6 +36,8 @@ from capfilt.spec import (
     ThresholdsOverride,
     load_card,
 )
+from capfilt.truth import read_truth
+from capfilt.weights import inspect_starts
 
 NONE, FILTERED, CAPTIONED, BOTH = "none", "F", "C", "C+F"
 """BLIP's table 1: pretraining on the web as it is; what the filter keeps of it; web and synthetic texts unfiltered;
@@ -85,6 +88,7 @@ def bootstrap(spec: BootstrapSpec, *, console: Console | None = None) -> Bootstr
     """Run the rounds of a spec, or what is left of them.
 
     Raises:
+        CheckpointError, InputError: what the spec names is not there; found before the first stage begins.
         ConflictError: another run is at work in the output.
         StageError, ErrorBudgetError: a stage failed; its log is named.
         TrainingError: the output holds a run of another spec.
@@ -96,6 +100,7 @@ def bootstrap(spec: BootstrapSpec, *, console: Console | None = None) -> Bootstr
         record = read_record(output / "run.json")
         about = {"spec": spec.model_dump(mode="json", exclude=_MAY_CHANGE)}
         if record is None:
+            _look(spec)
             write_json(output / "run.json", {**about, **surroundings()})
         else:
             compare_record(output / "run.json", record, about)
@@ -109,6 +114,21 @@ def bootstrap(spec: BootstrapSpec, *, console: Console | None = None) -> Bootstr
         summary = BootstrapSummary(spec.output, results, seconds, time.monotonic() - begin)
         write_json(output / "bootstrap.json", {"spec": about["spec"], **asdict(summary)})
     return summary
+
+
+def _look(spec: BootstrapSpec) -> None:
+    """Look for all that a later stage opens, hours from now.
+
+    Raises:
+        CheckpointError, InputError: it is not there.
+    """
+    for source in (spec.web, spec.human, spec.evaluate.pairs):
+        if source is not None:
+            list_inputs(source)
+    for truth in (spec.truth, spec.evaluate.truth):
+        if truth is not None:
+            read_truth(truth)
+    inspect_starts(spec.pretrain)
 
 
 def plan_stages(spec: BootstrapSpec) -> list[Stage]:
