@@ -303,9 +303,11 @@ def test_a_loss_that_is_not_a_number_ends_the_run_in_words(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_worker_refuses_is_heard_once(home: Path) -> None:
+@pytest.mark.parametrize("retries", [0, 3])
+def test_what_a_worker_refuses_is_heard_once(home: Path, retries: int) -> None:
     """An error of ours is not retried, and comes out as itself."""
-    spec = spec_in(home, PRETRAIN, output="refused", workers={"count": 2, "cpus": 0.5, "retries": 3}, max_tokens=400)
+    workers = {"count": 2, "cpus": 0.5, "retries": retries}
+    spec = spec_in(home, PRETRAIN, output=f"refused-{retries}", workers=workers, max_tokens=400)
     begin = time.monotonic()
     with pytest.raises(SpecError, match="max_tokens: 400, but the network has 32 positions"):
         train(spec)

@@ -207,10 +207,9 @@ def _fit_on_ray_train(task: Task) -> None:
     failure = _failure(output, attempt)
     try:
         trainer.fit()
-        if failure.exists():
-            error: CapfiltError = pickle.loads(failure.read_bytes())
-            raise error
+        _raise_left(failure)
     except ray.train.TrainingFailedError as error:
+        _raise_left(failure)  # with no retry left, no worker came to say it
         raise TrainingError(f"training failed after {workers.retries} retries: {error}") from error
     finally:
         failure.unlink(missing_ok=True)
@@ -232,6 +231,13 @@ def _interrupts_raise() -> Iterator[None]:
 
 def _failure(output: Path, attempt: str) -> Path:
     return output / f".failure-{attempt}"
+
+
+def _raise_left(failure: Path) -> None:
+    """Raise the error that a worker left for the driver, if one did."""
+    if failure.exists():
+        error: CapfiltError = pickle.loads(failure.read_bytes())
+        raise error
 
 
 def _loop(config: dict[str, Any]) -> None:
