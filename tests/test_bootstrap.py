@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -236,6 +237,24 @@ def test_another_run_in_the_output_is_refused(home: Path, undisturbed: Bootstrap
     assert undisturbed.rounds == 1
     with pytest.raises(TrainingError, match="has another rounds"):
         bootstrap(spec_in(home, "out", rounds=2))
+
+
+class Impatient(io.StringIO):
+    """A terminal where Ctrl-C is pressed at the first line."""
+
+    def write(self, line: str) -> int:
+        raise KeyboardInterrupt(line)
+
+
+def test_an_output_that_was_moved_is_refused(home: Path) -> None:
+    """Its stages would be other runs than those that have begun, which say where their data and checkpoints are."""
+    begun = spec_in(home, "begun")
+    with pytest.raises(KeyboardInterrupt):
+        bootstrap(begun, console=Console(file=Impatient()))
+    assert (Path(begun.output) / "stages" / "round-0" / "model.log").exists()
+    Path(begun.output).rename(home / "moved")
+    with pytest.raises(TrainingError, match=f"begun in {begun.output}, and its stages name files there; move it back"):
+        bootstrap(spec_in(home, "moved"), console=Console(file=Impatient()))
 
 
 @pytest.mark.slow

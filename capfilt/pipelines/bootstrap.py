@@ -1,6 +1,6 @@
 """BLIP's loop as a graph of stages, each a run of its own in a process of its own; a stage that is done stays done.
 
-<output>/run.json            the resolved spec
+<output>/run.json            the resolved spec, and where the run was begun
 <output>/stages/<stage>.yaml the spec of each stage, which `capfilt run` takes as well
 <output>/stages/<stage>.json its outcome; where it exists, the stage is done
 <output>/<stage>/            what it made
@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from capfilt.errors import TrainingError
 from capfilt.inputs import list_inputs
 from capfilt.pipelines.run_files import compare_record, only_one, read_record, write_json
 from capfilt.pipelines.session import interruptible, surroundings
@@ -101,9 +102,10 @@ def bootstrap(spec: BootstrapSpec, *, console: Console | None = None) -> Bootstr
         about = {"spec": spec.model_dump(mode="json", exclude=_MAY_CHANGE)}
         if record is None:
             _look(spec)
-            write_json(output / "run.json", {**about, **surroundings()})
+            write_json(output / "run.json", {**about, "output": spec.output, **surroundings()})
         else:
             compare_record(output / "run.json", record, about)
+            _refuse_if_moved(output, record)
         plan = _Plan(spec)
         with interruptible():
             seconds = run_stages(plan.stages, output / "stages", spec.parallel, console)
@@ -129,6 +131,19 @@ def _look(spec: BootstrapSpec) -> None:
         if truth is not None:
             read_truth(truth)
     inspect_starts(spec.pretrain)
+
+
+def _refuse_if_moved(output: Path, record: Mapping[str, Any]) -> None:
+    """A stage names what others made by its whole path, so that one which has begun resumes in the same place only.
+
+    Raises:
+        TrainingError: the run was begun in another place.
+    """
+    if (begun := record.get("output", str(output))) != str(output):
+        raise TrainingError(
+            f"{output / 'run.json'}: the run was begun in {begun}, and its stages name files there; move it back to "
+            "resume, or take another output"
+        )
 
 
 def plan_stages(spec: BootstrapSpec) -> list[Stage]:
