@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -22,11 +23,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 
-from capfilt.errors import ConflictError, SpecError, TrainingError
+from capfilt.errors import CapfiltError, ConflictError, SpecError, TrainingError
 from capfilt.models import checkpoints
 from capfilt.models.tiny import write_tiny_pair
 from capfilt.pipelines.run_files import States, only_one, read_log
-from capfilt.pipelines.train import _end, train
+from capfilt.pipelines.session import lacking
+from capfilt.pipelines.train import _check_capacity, _end, train
 from capfilt.pipelines.training_progress import TrainingDisplay
 from capfilt.spec import TrainSpec, load_card, load_spec
 from capfilt.toyweb import render_clean
@@ -300,6 +302,33 @@ def test_a_loss_that_is_not_a_number_ends_the_run_in_words(home: Path) -> None:
     judge = {**COMMON, "kind": "finetune-filter", "steps": 3, "start": card, "contrast": {"queue": 16}}
     with pytest.raises(TrainingError, match=r"step 1: itm is nan\. Training has diverged: lower optimiser\.lr"):
         train(spec_in(home, judge, output="diverged"))
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("workers", "message"),
+    [
+        ({"count": 3}, r"workers\.count x workers\.cpus is 3 x 1 CPU and this machine has 2; lower .* ray\.num_cpus"),
+        ({"count": 2, "gpus": 1}, r"workers\.gpus is 2 x 1 GPU and this machine has 0; lower workers\.count or"),
+    ],
+)
+def test_workers_that_do_not_fit_this_machine_are_refused(home: Path, workers: dict[str, Any], message: str) -> None:
+    with pytest.raises(CapfiltError, match=message):
+        train(spec_in(home, PRETRAIN, output=f"too-many-{workers['count']}", workers=workers))
+
+
+def test_workers_that_do_not_fit_a_cluster_yet_are_said_to_wait(home: Path) -> None:
+    said = io.StringIO()
+    spec = spec_in(home, PRETRAIN, output="waiting", workers={"count": 3}, ray={"address": "auto"})
+    _check_capacity(spec, Console(file=said))
+    waits = r"workers\.count x workers\.cpus is 3 x 1 CPU and the cluster has [\d.]+ free; the run waits .+"
+    assert re.fullmatch(f"capfilt: {waits}\n", said.getvalue())
+
+
+def test_what_a_ray_has_less_of_than_is_needed() -> None:
+    assert lacking({"CPU": 2.0}, gpus=0, cpus=2) == {}
+    assert lacking({"CPU": 2.0}, gpus=1, cpus=2) == {"gpus": 0}
+    assert lacking({"CPU": 2.0, "GPU": 1.0}, gpus=1, cpus=2.5) == {"cpus": 2}
 
 
 @pytest.mark.slow
