@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from rich.console import Console
@@ -257,29 +259,44 @@ def test_an_output_that_was_moved_is_refused(home: Path) -> None:
         bootstrap(spec_in(home, "moved"), console=Console(file=Impatient()))
 
 
+def at_work(driver: psutil.Process) -> set[str]:
+    """The stages that a driver runs at this moment."""
+    found = set()
+    for child in driver.children():
+        with contextlib.suppress(psutil.Error):  # it has just ended
+            if "capfilt.stage" in (command := child.cmdline()):
+                found.add(re.sub(r".*/stages/(.*)\.yaml", r"\1", command[-1]))
+    return found
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_ten_kills_change_nothing(home: Path, undisturbed: BootstrapSpec) -> None:
-    """SIGKILL of the driver at seeded moments; stages end with it, and the last attempt ends with the same table."""
-    spec = spec_in(home, "killed")
+@pytest.mark.timeout(3600)
+def test_ten_kills_change_nothing(home: Path) -> None:
+    """SIGKILL of the driver while stages run, at seeded moments of as many stages as there are kills; stages end with
+    it, and the last attempt ends with the same table."""
+    whole = bootstrap(spec_in(home, "whole", ablation=True), console=Console(quiet=True))
+    spec = spec_in(home, "killed", ablation=True)
+    stages = [stage.name for stage in plan_stages(spec)]
     code = "import sys, capfilt; capfilt.run(capfilt.load_spec(sys.argv[1]))"
-    rng = random.Random(7)
-    killed = 0
-    while killed < 10:
-        with subprocess.Popen(
-            [sys.executable, "-c", code, str(home / "killed.yaml")], stderr=subprocess.DEVNULL
-        ) as run:
-            try:
-                run.wait(rng.uniform(6, 20))
-            except subprocess.TimeoutExpired:
-                run.send_signal(signal.SIGKILL)
-                killed += 1
-                continue
-        assert run.returncode == 0
-        break
+    rng, hits = random.Random(7), dict.fromkeys(stages, 0)
+    for kill in range(10):
+        left = [stage for stage in stages if not (Path(spec.output) / "stages" / f"{stage}.json").exists()]
+        aim = min(left, key=hits.__getitem__)  # the first that was hit least
+        hits[aim] += 1
+        with subprocess.Popen([sys.executable, "-c", code, str(home / "killed.yaml")]) as run:
+            driver = psutil.Process(run.pid)
+            while run.poll() is None and aim not in at_work(driver):
+                time.sleep(0.05)
+            end = time.monotonic() + rng.uniform(0, 0.9) * whole.seconds[aim]
+            while run.poll() is None and not (time.monotonic() > end and at_work(driver)):
+                time.sleep(0.05)
+            assert run.poll() is None, f"the run ended by itself after {kill} kills; make it longer"
+            run.send_signal(signal.SIGKILL)
+        assert run.returncode == -signal.SIGKILL
     bootstrap(spec, console=Console(quiet=True))
-    assert killed >= 5, "the run ended before it was killed often enough; make it longer"
-    assert metrics(spec.output) == metrics(undisturbed.output)
+    found = metrics(spec.output)
+    assert [(result["round"], result["setting"]) for result in found] == [(0, "none"), (1, "C+F"), (1, "F"), (1, "C")]
+    assert found == metrics(whole.output)
 
 
 # --- the runner of stages ---
