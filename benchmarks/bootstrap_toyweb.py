@@ -3,10 +3,11 @@
     python benchmarks/bootstrap_toyweb.py [--seeds 0 1 2] [--runs runs] [--json FILE]
 
 A seed draws everything anew: the web and its noise, the clean pairs, the test set, the initial weights, the order of
-the data, the captions. Each seed renders its web and runs the spec as a user would, with the command line; one that is
-done in `--runs` is not done again, and is not timed. Printed are the means over the seeds with the smallest and largest
-in brackets: R@1 is the mean of both ways among the 576 scenes, by ITC alone and, as BLIP reports it, reranked by ITM; a
-caption is right if it names all four attributes of the picture and nothing else (greedy search).
+the data, the captions. Each seed renders its web and runs the spec as a user would, with the command line; one that was
+begun in `--runs` before is resumed, or left alone if done, and is not timed. Printed are the means over the seeds with
+the smallest and largest in brackets: R@1 is the mean of both ways among the 576 scenes, by ITC alone and, as BLIP
+reports it, reranked by ITM; a caption is right if it names all four attributes of the picture and nothing else (greedy
+search).
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ AUC, NOISE_RATIO, MINUTES = 0.95, 0.25, 30.0
 
 
 def run_seed(seed: int, runs: Path) -> tuple[dict[str, Any], float]:
-    """The tables of a seed, and the seconds from rendering to the last table; of an earlier run, none."""
+    """The tables of a seed, and the seconds from rendering to the last table; not a number if it was begun before."""
     web, output = runs / f"toyweb-{seed}", runs / f"bootstrap-toyweb-{seed}"
     capfilt = [sys.executable, "-m", "capfilt"]
     begin = time.monotonic()
-    fresh = not (output / "bootstrap.json").exists()
+    fresh = not output.exists()
     if not (web / "test" / "shards").exists():
         subprocess.run([*capfilt, "toyweb", str(web), "--seed", str(seed)], check=True)
     settings = {

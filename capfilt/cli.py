@@ -39,12 +39,13 @@ from capfilt.printing import (
 from capfilt.spec import (
     BootstrapSpec,
     CaptionerCard,
+    Checkpoint,
     CurateSpec,
     EvaluateSpec,
     FilterCard,
-    HubCheckpoint,
     Input,
     LocalCheckpoint,
+    PretrainSettings,
     PretrainSpec,
     Quality,
     RunSpec,
@@ -57,6 +58,7 @@ from capfilt.spec import (
 if TYPE_CHECKING:
     from capfilt.fragments import Layout
     from capfilt.pipelines.curate import Summary
+    from capfilt.weights import Complete
 
 app = typer.Typer(
     help="Turn noisy web image-text pairs into clean ones with BLIP's CapFilt.",
@@ -166,10 +168,13 @@ def _checked(loaded: RunSpec) -> Iterator[str]:
         yield f"fingerprints: caption {prints.caption}, score {prints.score}, decide {prints.decide}"
     elif isinstance(loaded, BootstrapSpec):
         yield from (_check_input(source)[0] for source in (loaded.web, loaded.human, loaded.evaluate.pairs) if source)
+        yield from _check_starts(loaded.pretrain)
+        yield from _check_truths(loaded.truth, loaded.evaluate.truth)
     elif isinstance(loaded, EvaluateSpec):
         if loaded.pairs:
             yield _check_input(loaded.pairs)[0]
         yield from _check_cards(loaded.captioner, loaded.filter)
+        yield from _check_truths(loaded.truth, *(quality.truth for quality in loaded.quality))
     else:
         from capfilt.examples import list_parts, oversized
 
@@ -178,7 +183,7 @@ def _checked(loaded: RunSpec) -> Iterator[str]:
         if said := oversized(parts):
             yield said
         yield from (f"dataset {dataset}: version {version} of its pairs" for dataset, version in versions.items())
-        yield from _check_cards(None if isinstance(loaded, PretrainSpec) else loaded.start)
+        yield from _check_starts(loaded) if isinstance(loaded, PretrainSpec) else _check_cards(loaded.start)
 
 
 def _check_input(source: Input, output: str | None = None) -> tuple[str, Layout]:
@@ -196,17 +201,37 @@ def _check_input(source: Input, output: str | None = None) -> tuple[str, Layout]
 
 
 def _check_cards(*cards: CaptionerCard | FilterCard | None) -> Iterator[str]:
+    from capfilt.fingerprints import checkpoint_files
     from capfilt.weights import inspect
 
     for card in cards:
         if card is not None:
             inspect(card)
-            yield f"{card.role} {card.name}: {_whereabouts(card.checkpoint)}"
+            yield f"{card.role} {card.name}: {_whereabouts(card.checkpoint, checkpoint_files)}"
 
 
-def _whereabouts(checkpoint: HubCheckpoint | LocalCheckpoint) -> str:
-    """Where a checkpoint is. A local one was read for its fingerprint; of a hub's, only the cache is looked at."""
-    from capfilt.fingerprints import checkpoint_files
+def _check_starts(settings: PretrainSettings) -> Iterator[str]:
+    from capfilt.weights import inspect_starts
+
+    for field, (checkpoint, complete) in inspect_starts(settings).items():
+        yield f"{field}: {_whereabouts(checkpoint, complete)}"
+
+
+def _check_truths(*truths: Truth | None) -> Iterator[str]:
+    from capfilt.truth import read_truth
+
+    for truth in truths:
+        if truth is not None:
+            read_truth(truth)
+            yield f"truth: read from {', '.join(truth.labels.paths) if truth.labels else truth.toyweb}"
+
+
+def _whereabouts(checkpoint: Checkpoint, complete: Complete) -> str:
+    """Where a checkpoint is. A local one has been looked at; of a hub's, only the cache is.
+
+    Args:
+        complete: raises CheckpointError where a directory lacks what is needed of it.
+    """
     from capfilt.weights import cached
 
     if isinstance(checkpoint, LocalCheckpoint):
@@ -216,7 +241,7 @@ def _whereabouts(checkpoint: HubCheckpoint | LocalCheckpoint) -> str:
     if directory is None:
         return f"{name} is not in the cache: will be fetched from the hub at first use"
     try:
-        checkpoint_files(directory)
+        complete(directory)
     except CheckpointError:
         return f"{name} is in the cache in part: the rest will be fetched from the hub at first use"
     return f"{name} is in the cache: {directory}"

@@ -124,7 +124,7 @@ def checkpoint_files(directory: Path) -> list[Path]:
     """The files of a checkpoint that a model is made from: config.json, weights, tokenizer.
 
     Raises:
-        CheckpointError: as :func:`weight_files`, or config.json or both forms of the vocabulary are missing.
+        CheckpointError: as :func:`weight_files` and :func:`tokenizer_files`, or config.json is missing.
     """
     files = weight_files(directory)
     config = directory / "config.json"
@@ -132,12 +132,22 @@ def checkpoint_files(directory: Path) -> list[Path]:
         raise CheckpointError(
             f"{config}: no such file; a checkpoint directory holds config.json, weights and a tokenizer"
         )
-    tokenizer = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
-    if not any(file.name in ("tokenizer.json", "vocab.txt") for file in tokenizer):
+    return [config, *files, *tokenizer_files(directory)]
+
+
+def tokenizer_files(directory: Path) -> list[Path]:
+    """The files of a checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: both forms of the vocabulary are missing.
+    """
+    files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    if not any(file.name in ("tokenizer.json", "vocab.txt") for file in files):
         raise CheckpointError(
-            f"{directory}: neither tokenizer.json nor vocab.txt; copy the tokenizer beside the weights"
+            f"{directory}: neither tokenizer.json nor vocab.txt; copy the tokenizer there, or name a directory that "
+            "has one"
         )
-    return [config, *files, *tokenizer]
+    return files
 
 
 def weight_files(directory: Path) -> list[Path]:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from capfilt.errors import CheckpointError, SpecError
-from capfilt.fingerprints import checkpoint_files
-from capfilt.spec import CaptionerCard, FilterCard, HubCheckpoint
+from capfilt.fingerprints import checkpoint_files, tokenizer_files, weight_files
+from capfilt.spec import CaptionerCard, Checkpoint, FilterCard, HubCheckpoint, LocalCheckpoint, PretrainSettings
+
+Complete = Callable[[Path], list[Path]]
+"""Lists the files that are needed of a checkpoint; raises CheckpointError where a directory lacks one."""
 
 ARCHITECTURES = {"captioner": "BlipForConditionalGeneration", "filter": "BlipForImageTextRetrieval"}
 """What a config.json of the hub calls the network of each role."""
@@ -52,6 +56,30 @@ def inspect(card: CaptionerCard | FilterCard, directory: Path | None = None) -> 
             f"{card.name}: image_size {card.image_size} is not a multiple of the patch size {patch} of {directory}; "
             f"{max(1, card.image_size // patch) * patch} is"
         )
+
+
+def inspect_starts(settings: PretrainSettings) -> dict[str, tuple[Checkpoint, Complete]]:
+    """Refuse directories that lack what pretraining starts from. The hub is not asked.
+
+    Returns:
+        Each checkpoint by its field, with what is needed of it.
+
+    Raises:
+        CheckpointError: no tokenizer or no weights there; the field is named.
+    """
+    starts: dict[str, tuple[Checkpoint | None, Complete]] = {
+        "tokenizer": (settings.tokenizer, tokenizer_files),
+        "initial.vision": (settings.initial.vision, weight_files),
+        "initial.text": (settings.initial.text, weight_files),
+    }
+    given = {field: (checkpoint, files) for field, (checkpoint, files) in starts.items() if checkpoint}
+    for field, (checkpoint, files) in given.items():
+        if isinstance(checkpoint, LocalCheckpoint):
+            try:
+                files(Path(checkpoint.path))
+            except CheckpointError as error:
+                raise CheckpointError(f"{field}: {error}") from None
+    return given
 
 
 def cached(checkpoint: HubCheckpoint) -> Path | None:

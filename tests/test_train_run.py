@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,11 +24,12 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 
-from capfilt.errors import ConflictError, SpecError, TrainingError
+from capfilt.errors import CapfiltError, ConflictError, SpecError, TrainingError
 from capfilt.models import checkpoints
 from capfilt.models.tiny import write_tiny_pair
 from capfilt.pipelines.run_files import States, only_one, read_log
-from capfilt.pipelines.train import train
+from capfilt.pipelines.session import lacking
+from capfilt.pipelines.train import _check_capacity, _end, train
 from capfilt.pipelines.training_progress import TrainingDisplay
 from capfilt.spec import TrainSpec, load_card, load_spec
 from capfilt.toyweb import render_clean
@@ -116,6 +119,22 @@ def test_a_run_that_is_done_is_left_alone(pretrained: TrainSpec) -> None:
     summary = train(pretrained)
     assert summary.last["step"] == 20
     assert (Path(pretrained.output) / "captioner" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_workers_that_end_without_a_card_are_not_done(home: Path, pretrained: TrainSpec) -> None:
+    """As where rank 0 wrote on a disk of its own: what the driver's disk has of the run stays."""
+    output = home / "not-shared"
+    shutil.copytree(pretrained.output, output)
+    (output / "filter.yaml").unlink()
+    spec = spec_in(home, PRETRAIN, output="not-shared")
+    states = States(output)
+    states.write(5, {})
+    with pytest.raises(TrainingError, match=r"not-shared/filter\.yaml: no such file.* that all workers share"):
+        _end(spec, states)
+    assert states.newest() == 5
+    shutil.copy(Path(pretrained.output) / "filter.yaml", output)
+    _end(spec, states)
+    assert states.newest() is None
 
 
 def start(spec_file: Path, **environment: str) -> subprocess.Popen[bytes]:
@@ -298,10 +317,39 @@ def test_a_loss_that_is_not_a_number_ends_the_run_in_words(home: Path) -> None:
         train(spec_in(home, judge, output="diverged"))
 
 
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("workers", "message"),
+    [
+        ({"count": 3}, r"workers\.count x workers\.cpus is 3 x 1 CPU and this machine has 2; lower .* ray\.num_cpus"),
+        ({"count": 2, "gpus": 1}, r"workers\.gpus is 2 x 1 GPU and this machine has 0; lower workers\.count or"),
+    ],
+)
+def test_workers_that_do_not_fit_this_machine_are_refused(home: Path, workers: dict[str, Any], message: str) -> None:
+    with pytest.raises(CapfiltError, match=message):
+        train(spec_in(home, PRETRAIN, output=f"too-many-{workers['count']}", workers=workers))
+
+
+def test_workers_that_do_not_fit_a_cluster_yet_are_said_to_wait(home: Path) -> None:
+    said = io.StringIO()
+    spec = spec_in(home, PRETRAIN, output="waiting", workers={"count": 3}, ray={"address": "auto"})
+    _check_capacity(spec, Console(file=said))
+    waits = r"workers\.count x workers\.cpus is 3 x 1 CPU and the cluster has [\d.]+ free; the run waits .+"
+    assert re.fullmatch(f"capfilt: {waits}\n", said.getvalue())
+
+
+def test_what_a_ray_has_less_of_than_is_needed() -> None:
+    assert lacking({"CPU": 2.0}, gpus=0, cpus=2) == {}
+    assert lacking({"CPU": 2.0}, gpus=1, cpus=2) == {"gpus": 0}
+    assert lacking({"CPU": 2.0, "GPU": 1.0}, gpus=1, cpus=2.5) == {"cpus": 2}
+
+
 @pytest.mark.slow
-def test_what_a_worker_refuses_is_heard_once(home: Path) -> None:
+@pytest.mark.parametrize("retries", [0, 3])
+def test_what_a_worker_refuses_is_heard_once(home: Path, retries: int) -> None:
     """An error of ours is not retried, and comes out as itself."""
-    spec = spec_in(home, PRETRAIN, output="refused", workers={"count": 2, "cpus": 0.5, "retries": 3}, max_tokens=400)
+    workers = {"count": 2, "cpus": 0.5, "retries": retries}
+    spec = spec_in(home, PRETRAIN, output=f"refused-{retries}", workers=workers, max_tokens=400)
     begin = time.monotonic()
     with pytest.raises(SpecError, match="max_tokens: 400, but the network has 32 positions"):
         train(spec)

@@ -26,7 +26,7 @@ from transformers import BlipConfig
 from transformers.utils import logging as transformers_logging
 
 from capfilt.errors import CheckpointError, SpecError
-from capfilt.fingerprints import TOKENIZER_FILES, checkpoint_files, weight_files
+from capfilt.fingerprints import TOKENIZER_FILES, checkpoint_files, tokenizer_files, weight_files
 from capfilt.models.blip import CaptioningNetwork, RetrievalNetwork, fill
 from capfilt.models.preprocess import CLIP_MEAN, CLIP_STD, normalise
 from capfilt.models.tokenizer import bert_tokenizer, read_tokenizer, token_ids
@@ -333,10 +333,7 @@ def write_processor(directory: Path, tokenizer: Mapping[str, int] | Path, config
 
 
 def _copy_tokenizer(source: Path, directory: Path) -> None:
-    files = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not any(file.name in ("tokenizer.json", "vocab.txt") for file in files):
-        raise CheckpointError(f"{source}: neither tokenizer.json nor vocab.txt; name a checkpoint that has one")
-    for file in files:
+    for file in tokenizer_files(source):
         shutil.copyfile(file, directory / file.name)
 
 

@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 import yaml
 
-from capfilt.errors import CheckpointError, SpecError
-from capfilt.fingerprints import weight_files
+from capfilt.errors import SpecError
+from capfilt.fingerprints import tokenizer_files, weight_files
 from capfilt.models import checkpoints
 from capfilt.models.blip import (
     CaptioningNetwork,
@@ -72,7 +72,7 @@ def trainee(spec: TrainSpec, device: torch.device) -> Trainee:
 
 def _pretrain(spec: PretrainSpec, device: torch.device) -> Trainee:
     initial = spec.initial
-    directory = checkpoints.locate(spec.tokenizer, allow_pickle=False, complete=_tokenizer_files)
+    directory = checkpoints.locate(spec.tokenizer, allow_pickle=False, complete=tokenizer_files)
     tokenizer = read_tokenizer(directory)
     generator = torch.Generator().manual_seed(spec.seed)
 
@@ -154,16 +154,6 @@ def _settings(contrast: Contrast) -> MatchSettings:
         by_image=contrast.by_image,
         across_ranks=contrast.across_ranks,
     )
-
-
-def _tokenizer_files(directory: Path) -> list[Path]:
-    """What pretraining needs of the checkpoint that the tokenizer comes from."""
-    found = [directory / name for name in ("tokenizer.json", "vocab.txt") if (directory / name).is_file()]
-    if not found:
-        raise CheckpointError(
-            f"{directory}: neither tokenizer.json nor vocab.txt; tokenizer names a directory that holds one"
-        )
-    return found
 
 
 def _check_length(spec: TrainSpec, network: CaptioningNetwork | RetrievalNetwork) -> None:

@@ -1,6 +1,6 @@
 """BLIP's loop as a graph of stages, each a run of its own in a process of its own; a stage that is done stays done.
 
-<output>/run.json            the resolved spec
+<output>/run.json            the resolved spec, and where the run was begun
 <output>/stages/<stage>.yaml the spec of each stage, which `capfilt run` takes as well
 <output>/stages/<stage>.json its outcome; where it exists, the stage is done
 <output>/<stage>/            what it made
@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from capfilt.errors import TrainingError
+from capfilt.inputs import list_inputs
 from capfilt.pipelines.run_files import compare_record, only_one, read_record, write_json
 from capfilt.pipelines.session import interruptible, surroundings
 from capfilt.pipelines.stages import Stage, run_stages
@@ -35,6 +37,8 @@ from capfilt.spec import (
     ThresholdsOverride,
     load_card,
 )
+from capfilt.truth import read_truth
+from capfilt.weights import inspect_starts
 
 NONE, FILTERED, CAPTIONED, BOTH = "none", "F", "C", "C+F"
 """BLIP's table 1: pretraining on the web as it is; what the filter keeps of it; web and synthetic texts unfiltered;
@@ -85,6 +89,7 @@ def bootstrap(spec: BootstrapSpec, *, console: Console | None = None) -> Bootstr
     """Run the rounds of a spec, or what is left of them.
 
     Raises:
+        CheckpointError, InputError: what the spec names is not there; found before the first stage begins.
         ConflictError: another run is at work in the output.
         StageError, ErrorBudgetError: a stage failed; its log is named.
         TrainingError: the output holds a run of another spec.
@@ -96,9 +101,11 @@ def bootstrap(spec: BootstrapSpec, *, console: Console | None = None) -> Bootstr
         record = read_record(output / "run.json")
         about = {"spec": spec.model_dump(mode="json", exclude=_MAY_CHANGE)}
         if record is None:
-            write_json(output / "run.json", {**about, **surroundings()})
+            _look(spec)
+            write_json(output / "run.json", {**about, "output": spec.output, **surroundings()})
         else:
             compare_record(output / "run.json", record, about)
+            _refuse_if_moved(output, record)
         plan = _Plan(spec)
         with interruptible():
             seconds = run_stages(plan.stages, output / "stages", spec.parallel, console)
@@ -109,6 +116,34 @@ def bootstrap(spec: BootstrapSpec, *, console: Console | None = None) -> Bootstr
         summary = BootstrapSummary(spec.output, results, seconds, time.monotonic() - begin)
         write_json(output / "bootstrap.json", {"spec": about["spec"], **asdict(summary)})
     return summary
+
+
+def _look(spec: BootstrapSpec) -> None:
+    """Look for all that a later stage opens, hours from now.
+
+    Raises:
+        CheckpointError, InputError: it is not there.
+    """
+    for source in (spec.web, spec.human, spec.evaluate.pairs):
+        if source is not None:
+            list_inputs(source)
+    for truth in (spec.truth, spec.evaluate.truth):
+        if truth is not None:
+            read_truth(truth)
+    inspect_starts(spec.pretrain)
+
+
+def _refuse_if_moved(output: Path, record: Mapping[str, Any]) -> None:
+    """A stage names what others made by its whole path, so that one which has begun resumes in the same place only.
+
+    Raises:
+        TrainingError: the run was begun in another place.
+    """
+    if (begun := record.get("output", str(output))) != str(output):
+        raise TrainingError(
+            f"{output / 'run.json'}: the run was begun in {begun}, and its stages name files there; move it back to "
+            "resume, or take another output"
+        )
 
 
 def plan_stages(spec: BootstrapSpec) -> list[Stage]:

@@ -26,7 +26,7 @@ from capfilt.fingerprints import Fingerprints, run_fingerprints
 from capfilt.fragments import Footer, Fragment, Layout, cut, read_footer
 from capfilt.inputs import InputFile
 from capfilt.pipelines.progress import Display
-from capfilt.pipelines.session import connected, interruptible, quiet, surroundings, uninterrupted
+from capfilt.pipelines.session import connected, interruptible, lacking, quiet, surroundings, uninterrupted
 from capfilt.pipelines.worker import Job, LoadModels, Worker, load_models
 from capfilt.plan import Plan, make_plan
 from capfilt.receipts import Receipt, adopt, discard, gaps, shard_commit, unfinished
@@ -444,17 +444,14 @@ def _check_capacity(spec: CurateSpec) -> None:
 
     if spec.ray.address != "local":
         return
-    have = ray.cluster_resources()
-    for name in ("gpus", "cpus"):
-        kind, need = name.upper().rstrip("S"), getattr(spec.placement, name)
-        there = have.get(kind, 0)
-        if need > there:
-            greedy = [at for at, card in spec.cards.items() if getattr(card.placement, name) > there]
-            raise CapfiltError(
-                f"an actor needs {need:g} {kind} and this machine has {there:g}; lower "
-                f"{' and '.join(f'{at}.placement.{name}' for at in greedy)}"
-                f"{' (or raise ray.num_cpus)' if name == 'cpus' else ''}, or join a cluster with ray.address"
-            )
+    placement = spec.placement
+    for name, there in lacking(ray.cluster_resources(), gpus=placement.gpus, cpus=placement.cpus).items():
+        greedy = [at for at, card in spec.cards.items() if getattr(card.placement, name) > there]
+        raise CapfiltError(
+            f"an actor needs {getattr(placement, name):g} {name.upper().rstrip('S')} and this machine has {there:g}; "
+            f"lower {' and '.join(f'{at}.placement.{name}' for at in greedy)}"
+            f"{' (or raise ray.num_cpus)' if name == 'cpus' else ''}, or join a cluster with ray.address"
+        )
 
 
 def _run_window(job: Job, window: list[Fragment], load: LoadModels) -> Iterator[list[Receipt]]:

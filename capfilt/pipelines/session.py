@@ -8,7 +8,7 @@ import os
 import platform
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -88,6 +88,20 @@ def connected(settings: Ray, cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def lacking(have: Mapping[str, float], **need: float) -> dict[str, float]:
+    """What a Ray has less of than is needed.
+
+    Args:
+        have: as Ray says it, "CPU" and "GPU".
+        need: `cpus`, `gpus`.
+
+    Returns:
+        How much there is, by the names of `need`.
+    """
+    there = {name: have.get(name.upper().rstrip("S"), 0) for name in need}
+    return {name: there[name] for name in need if need[name] > there[name]}
 
 
 def quiet(context: Any) -> Any:

@@ -21,7 +21,8 @@ from capfilt.spec import RunSpec
 _LOOK_SECONDS = 0.2
 _STOP_SECONDS = 30.0
 _TAIL_LINES = 15
-_ASIDE_NICENESS = 10
+_ASIDE_NICENESS = 10  # above our own, which may not be 0
+_NICEST = 19
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,8 @@ class _Running:
                 start_new_session=True,  # Ctrl-C is ours to pass on
             )
         if stage.aside:  # what it starts inherits it
-            os.setpriority(os.PRIO_PROCESS, self._process.pid, _ASIDE_NICENESS)
+            niceness = min(_NICEST, os.getpriority(os.PRIO_PROCESS, 0) + _ASIDE_NICENESS)
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, niceness)
         assert self._process.stdin is not None
         self._pipe: IO[bytes] = self._process.stdin
 

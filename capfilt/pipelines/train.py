@@ -28,7 +28,7 @@ from capfilt.fingerprints import fingerprint
 from capfilt.models.trainee import ROLES
 from capfilt.pipelines.rows import Data
 from capfilt.pipelines.run_files import States, compare_record, only_one, read_log, read_record, write_json
-from capfilt.pipelines.session import connected, interruptible, surroundings
+from capfilt.pipelines.session import connected, interruptible, lacking, surroundings
 from capfilt.pipelines.train_worker import Task, of_first_rank, train_here
 from capfilt.pipelines.training_progress import TrainingDisplay
 from capfilt.spec import PairSource, PretrainSpec, TrainSpec
@@ -70,6 +70,7 @@ def train(spec: TrainSpec, *, console: Console | None = None) -> TrainSummary:
     """Pretrain or fine-tune, and write the checkpoints and their cards; a run that is done already is left alone.
 
     Raises:
+        CapfiltError: a local Ray has not what the workers need, or there is no Ray at the address.
         CheckpointError: a checkpoint to start from cannot be used.
         ConflictError: another run is at work in the output.
         DatasetError, InputError: the data are not there.
@@ -84,14 +85,14 @@ def train(spec: TrainSpec, *, console: Console | None = None) -> TrainSummary:
         task = _prepare(spec)
         states = States(output)
         summary.rows, summary.steps, summary.resumed_at = task.data.rows, task.total, states.newest() or 0
-        if not _done(spec):
+        if _missing(spec):
             console = console or Console(stderr=True)
             if said := oversized(task.data.parts):
                 console.print(f"capfilt: {said}", markup=False, highlight=False, soft_wrap=True)
             display = TrainingDisplay(console, output, summary.resumed_at, task.total)
             with interruptible(), display:
-                _fit(task)
-        states.clear()
+                _fit(task, console)
+        _end(spec, states)
         lines = read_log(output)
     summary.last = next((line for line in reversed(lines) if "warning" not in line), {})
     summary.warnings = [line["warning"] for line in lines if "warning" in line]
@@ -100,8 +101,24 @@ def train(spec: TrainSpec, *, console: Console | None = None) -> TrainSummary:
     return summary
 
 
-def _done(spec: TrainSpec) -> bool:
-    return all((Path(spec.output) / f"{role}.yaml").exists() for role in ROLES[spec.kind])
+def _missing(spec: TrainSpec) -> list[Path]:
+    """The cards that are still to come."""
+    cards = [Path(spec.output) / f"{role}.yaml" for role in ROLES[spec.kind]]
+    return [card for card in cards if not card.exists()]
+
+
+def _end(spec: TrainSpec, states: States) -> None:
+    """Remove the states, which a run that is done needs no longer.
+
+    Raises:
+        TrainingError: it is not done, though its workers are.
+    """
+    if missing := _missing(spec):
+        raise TrainingError(
+            f"{missing[0]}: no such file, though the workers have ended; output must be a directory that all workers "
+            "share. What they wrote is on their machines; name a shared directory, or share this one, and run again"
+        )
+    states.clear()
 
 
 # --- what is trained on ---
@@ -157,15 +174,46 @@ def _start(spec: TrainSpec) -> str | None:
 # --- Ray Train ---
 
 
-def _fit(task: Task) -> None:
+def _fit(task: Task, console: Console) -> None:
     import ray.exceptions
 
     workers = task.spec.workers
     with connected(task.spec.ray, cpus=math.ceil(workers.count * workers.cpus)), _interrupts_raise():
         try:
+            if not _is_here(task.spec):
+                _check_capacity(task.spec, console)
             _fit_on_ray_train(task)
         except ray.exceptions.RayError as error:
             raise TrainingError(f"Ray failed: {error}; run the same again to resume") from error
+
+
+def _is_here(spec: TrainSpec) -> bool:
+    """Whether the only worker is this process: Ray Train's local mode."""
+    return spec.workers.count == 1 and spec.ray.address == "local"
+
+
+def _check_capacity(spec: TrainSpec, console: Console) -> None:
+    """Refuse workers that a local Ray can never place: Ray Train would try for ever, in silence. A cluster may yet
+    grow, or others leave it: there, say what is waited for.
+
+    Raises:
+        CapfiltError: this machine has not so much.
+    """
+    import ray
+
+    local, workers = spec.ray.address == "local", spec.workers
+    have = ray.cluster_resources() if local else ray.available_resources()
+    need = {name: round(workers.count * getattr(workers, name), 4) for name in ("gpus", "cpus")}  # Ray rounds so
+    for name, there in lacking(have, **need).items():
+        kind = name.upper().rstrip("S")
+        asked = f"workers.count x workers.{name} is {workers.count} x {getattr(workers, name):g} {kind}"
+        if local:
+            raise CapfiltError(
+                f"{asked} and this machine has {there:g}; lower workers.count or workers.{name}"
+                f"{' (or raise ray.num_cpus)' if name == 'cpus' else ''}, or join a cluster with ray.address"
+            )
+        line = f"capfilt: {asked} and the cluster has {there:g} free; the run waits until it has more"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _fit_on_ray_train(task: Task) -> None:
@@ -174,7 +222,7 @@ def _fit_on_ray_train(task: Task) -> None:
 
     spec = task.spec
     workers, output = spec.workers, Path(spec.output)
-    here = workers.count == 1 and spec.ray.address == "local"  # Ray Train's local mode: in this process
+    here = _is_here(spec)
     attempt = f"attempt-{uuid.uuid4().hex[:8]}"
     resources = {"CPU": workers.cpus} | ({"GPU": workers.gpus} if workers.gpus else {})
     trainer = TorchTrainer(
@@ -194,10 +242,9 @@ def _fit_on_ray_train(task: Task) -> None:
     failure = _failure(output, attempt)
     try:
         trainer.fit()
-        if failure.exists():
-            error: CapfiltError = pickle.loads(failure.read_bytes())
-            raise error
+        _raise_left(failure)
     except ray.train.TrainingFailedError as error:
+        _raise_left(failure)  # with no retry left, no worker came to say it
         raise TrainingError(f"training failed after {workers.retries} retries: {error}") from error
     finally:
         failure.unlink(missing_ok=True)
@@ -219,6 +266,13 @@ def _interrupts_raise() -> Iterator[None]:
 
 def _failure(output: Path, attempt: str) -> Path:
     return output / f".failure-{attempt}"
+
+
+def _raise_left(failure: Path) -> None:
+    """Raise the error that a worker left for the driver, if one did."""
+    if failure.exists():
+        error: CapfiltError = pickle.loads(failure.read_bytes())
+        raise error
 
 
 def _loop(config: dict[str, Any]) -> None:
