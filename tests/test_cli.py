@@ -144,7 +144,7 @@ def test_check_says_that_row_groups_are_large(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "0.parquet", row_group_size=40_000)
     (tmp_path / "pretrain.yaml").write_text(
         "kind: pretrain\nname: p\ndata: [{pairs: {paths: 0.parquet}}]\noutput: out\narchitecture: base\n"
-        "tokenizer: {path: tokenizer}\nimage_size: 32\nbatch_size: 8\n"
+        f"tokenizer: {{path: {ROOT / 'models' / 'tiny' / 'tokenizer'}}}\nimage_size: 32\nbatch_size: 8\n"
     )
     checked = capfilt("check", tmp_path / "pretrain.yaml")
     assert checked.returncode == 0, checked.stderr
