@@ -346,11 +346,11 @@ def driver(arguments: argparse.Namespace) -> dict[str, Any]:
 def cost(role: str, few: dict[str, Any], more: dict[str, Any], slow: dict[str, Any]) -> dict[str, float]:
     """CPU ms of each further fragment and second: three runs' CPU time as a constant and these two."""
 
-    def further(run: dict[str, Any]) -> tuple[float, float, int]:
+    def beyond(run: dict[str, Any]) -> tuple[float, float, int]:
         spent = 1000 * (run["cpu_s"].get(role, 0.0) - few["cpu_s"].get(role, 0.0))
         return spent, run["seconds"] - few["seconds"], run["fragments"] - few["fragments"]
 
-    (spent, seconds, fragments), (idle, longer, _) = further(more), further(slow)
+    (spent, seconds, fragments), (idle, longer, _) = beyond(more), beyond(slow)
     second = max(0.0, idle / longer) if longer > 0 else 0.0
     return {"fragment": (spent - second * seconds) / fragments, "second": second}
 
