@@ -27,18 +27,17 @@ class Throughput:
 
     seconds: dict[str, float] = field(default_factory=dict)
     spans: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _between: float = 0.0  # sum of the spans, kept as they grow: a run asks after every fragment
 
     def add(self, worker: str, seconds: Mapping[str, float], span: tuple[float, float] | None) -> None:
         """Add a fragment."""
         for stage, spent in seconds.items():
             self.seconds[stage] = self.seconds.get(stage, 0.0) + spent
         if span is not None:
-            first, last = self.spans.get(worker, span)
-            self.spans[worker] = min(first, span[0]), max(last, span[1])
-
-    @property
-    def _between(self) -> float:
-        return sum(last - first for first, last in self.spans.values())
+            begin, end = span
+            first, last = self.spans.get(worker, (begin, begin))
+            self.spans[worker] = min(first, begin), max(last, end)
+            self._between += self.spans[worker][1] - self.spans[worker][0] - (last - first)
 
     @property
     def busy(self) -> float | None:
