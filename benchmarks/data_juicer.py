@@ -13,6 +13,7 @@ Each side is the command that its user gives, a fresh process and a fresh cache 
 *Cores*: with `np: n` Data-Juicer computes in n worker processes and lets torch have one thread in each, whatever the
 environment says, so `np: 1` would leave all cores but one idle. `num_proc: 0` runs an operator in the main process,
 with all threads. Either needs `auto_op_parallelism: false`: else the 16 GB it asks for a captioner set the number.
+Which of the two is faster depends on the machine; what counts is ours against the faster.
 
 Both load one checkpoint of each role in the hub's format, float32, random weights at real size (speed does not depend
 on them). Both write k captions of exactly `--tokens` new tokens after the prompt, drawn from the 50 likeliest, in
