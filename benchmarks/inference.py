@@ -10,6 +10,7 @@ text of ten words are matched with it. Three sides take turns in one process:
                  `BlipForImageTextRetrieval` on each image-text pair, a batch of pairs at a time
     hand-tuned   the same `generate`, but the filter's vision transformer runs once an image, and its text encoder over
                  all pairs at once
+    compiled     ours with cards that say `compile: true` (`--compiled`); the first run compiles, and is not timed
     bfloat16     ours with cards of that dtype, not the same results (`--bfloat16`); fast where the processor has matrix
                  units for it (AMX)
 
@@ -240,14 +241,17 @@ def measure(k: int, directory: Path, arguments: argparse.Namespace) -> dict[str,
     batch = arguments.batch or max(arguments.images, 9)
     ours = Ours(directory, arguments.image_size, batch, sampling)
     theirs = Theirs(directory, ours, sampling)
-    coarse = Ours(directory, arguments.image_size, batch, sampling, dtype="bfloat16") if arguments.bfloat16 else None
+    variants: dict[str, dict[str, Any]] = {"compiled": {"compile": True}, "bfloat16": {"dtype": "bfloat16"}}
     pictures = Pictures(arguments.images, arguments.image_size)
     sides: dict[str, Callable[[Pictures], Any]] = {"ours": ours.run}
     if not arguments.only_ours:
         sides |= {"documented": theirs.documented, "hand-tuned": theirs.hand_tuned}
-    if coarse is not None:
-        sides["bfloat16"] = coarse.run
+    for name, card in variants.items():
+        if getattr(arguments, name):
+            sides[name] = Ours(directory, arguments.image_size, batch, sampling, **card).run
     with torch.inference_mode():
+        if arguments.compiled:
+            sides["compiled"](pictures)
         gap = agree(ours, theirs, pictures)
         flops = count_flops(ours, pictures)
         seconds: dict[str, list[float]] = {side: [] for side in sides}
@@ -296,6 +300,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="(default 2)")
     parser.add_argument("--repeats", type=int, default=3, help="(default 3)")
     parser.add_argument("--only-ours", action="store_true", help="time no other side")
+    parser.add_argument("--compiled", action="store_true", help="time ours compiled, too")
     parser.add_argument("--bfloat16", action="store_true", help="time ours in bfloat16, too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
