@@ -15,10 +15,10 @@ T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
 ON_A_CPU = 16
-"""Images at a time on a CPU, where the card leaves it open: more gain nothing there."""
+"""Images at a time on a CPU, where the card leaves it open."""
 
 MOST = 256
-"""Images at a time that are enough for any GPU of today: more only make the last batch of a fragment wait longer."""
+"""Images at a time, at the most: larger batches make the device wait longer for the first of a fragment."""
 
 SHARE = 0.5
 """Of the free memory that the images of a batch may take: other models of the actor, and texts longer than those that

@@ -45,7 +45,7 @@ class _Card(Model):
     )
     compile: bool = Field(
         default=False,
-        description="Compile the vision transformer (torch.compile): a minute more to start, fewer and larger kernels.",
+        description="Compile the vision transformer (torch.compile): a slower start, fewer and larger kernels.",
     )
     allow_pickle: bool = Field(
         default=False, description="Load pytorch_model.bin where no safetensors exist (weights only, still no code)."
