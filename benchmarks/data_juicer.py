@@ -16,8 +16,9 @@ with all threads. Either needs `auto_op_parallelism: false`: else the 16 GB it a
 Which of the two is faster depends on the machine; what counts is ours against the faster.
 
 Both load one checkpoint of each role in the hub's format, float32, random weights at real size (speed does not depend
-on them). Both write k captions of exactly `--tokens` new tokens after the prompt, drawn from the 50 likeliest, in
-batches of 8, and score each and the web text; the thresholds are 0, so all is kept and written.
+on them). Both write k captions of exactly `--tokens` new tokens after the prompt, drawn from the 50 likeliest, and
+score each and the web text, in their own batches (ours: what `batch_size: auto` is; theirs: 8, its own default); the
+thresholds are 0, so all is kept and written.
 
 *Token limit*: Data-Juicer asks `generate` for max_new_tokens=128, which no setting changes. Here its list of files to
 import, `custom_operator_paths`, names one (LIMIT below) that sets the two limits in calls of that `generate`, and
@@ -195,7 +196,6 @@ def run_ours(job: Job, folder: Path) -> Run:
     card = {
         "name": "random",
         "image_size": job.image_size,
-        "batch_size": BATCH,
         "placement": {"cpus": job.threads},
     }
     captioner, itm = ({**card, "checkpoint": {"path": str(job.checkpoints / r)}} for r in ("captioner", "filter"))

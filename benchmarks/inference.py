@@ -5,7 +5,8 @@
 Every image gets k captions of exactly `--tokens` new tokens (nucleus 0.9, repetition penalty 1.1), then they and a web
 text of ten words are matched with it. Three sides take turns in one process:
 
-    ours         Captioner.caption and ItmFilter.score, as a run calls them; ITC is computed, too
+    ours         Captioner.caption and ItmFilter.score, as a run calls them; ITC is computed, too, as cards have it
+                 unless they say `itc: false` (`--no-itc`); the other sides compute none
     documented   as transformers' pages show: `BlipForConditionalGeneration.generate` over the batch, then
                  `BlipForImageTextRetrieval` on each image-text pair, a batch of pairs at a time
     hand-tuned   the same `generate`, but the filter's vision transformer runs once an image, and its text encoder over
@@ -30,9 +31,10 @@ import argparse
 import gc
 import hashlib
 import json
+import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +116,13 @@ class Ours:
         sampling: Sampling,
         device: str = "cpu",
         dtype: str = "float32",
+        itc: bool = True,
         **card: Any,
     ) -> None:
         common: dict[str, Any] = {"name": "x", "image_size": size, "batch_size": batch, "dtype": dtype, **card}
         cards = [{**common, "checkpoint": LocalCheckpoint(path=str(directory / r))} for r in ("captioner", "filter")]
         self.captioner = Captioner(CaptionerCard(role="captioner", prompt=PROMPT, **cards[0]), sampling, device)
-        self.filter = ItmFilter(FilterCard(role="filter", first_token="[CLS]", **cards[1]), device)
+        self.filter = ItmFilter(FilterCard(role="filter", first_token="[CLS]", itc=itc, **cards[1]), device)
 
     def run(self, pictures: Pictures) -> list[list[float]]:
         """Match probabilities: the web text's, then the captions'."""
@@ -227,9 +230,17 @@ def agree(ours: Ours, theirs: Theirs, pictures: Pictures) -> float:
     return gap
 
 
+def _packed_flops(
+    x: Sequence[int], _packed: Any, weight: Sequence[int], *_others: Any, out_shape: Any = None, **_more: Any
+) -> int:
+    """Of a linear layer whose weight is packed."""
+    return 2 * math.prod(x) * weight[0]
+
+
 def count_flops(ours: Ours, pictures: Pictures) -> int:
     """Of ours, attention spelled out in matrix products."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+    packed: Any = {torch.ops.mkl._mkl_linear: _packed_flops} if torch.backends.mkl.is_available() else {}
+    with FlopCounterMode(display=False, custom_mapping=packed) as counter, sdpa_kernel(SDPBackend.MATH):
         ours.run(pictures)
     return counter.get_total_flops()
 
@@ -239,7 +250,7 @@ def measure(k: int, directory: Path, arguments: argparse.Namespace) -> dict[str,
     print(f"k = {k}", flush=True)
     sampling = Sampling(candidates=k, min_tokens=arguments.tokens, max_tokens=arguments.tokens)
     batch = arguments.batch or max(arguments.images, 9)
-    ours = Ours(directory, arguments.image_size, batch, sampling)
+    ours = Ours(directory, arguments.image_size, batch, sampling, itc=not arguments.no_itc)
     theirs = Theirs(directory, ours, sampling)
     variants: dict[str, dict[str, Any]] = {"compiled": {"compile": True}, "bfloat16": {"dtype": "bfloat16"}}
     pictures = Pictures(arguments.images, arguments.image_size)
@@ -248,7 +259,7 @@ def measure(k: int, directory: Path, arguments: argparse.Namespace) -> dict[str,
         sides |= {"documented": theirs.documented, "hand-tuned": theirs.hand_tuned}
     for name, card in variants.items():
         if getattr(arguments, name):
-            sides[name] = Ours(directory, arguments.image_size, batch, sampling, **card).run
+            sides[name] = Ours(directory, arguments.image_size, batch, sampling, itc=not arguments.no_itc, **card).run
     with torch.inference_mode():
         if arguments.compiled:
             sides["compiled"](pictures)
@@ -300,6 +311,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="(default 2)")
     parser.add_argument("--repeats", type=int, default=3, help="(default 3)")
     parser.add_argument("--only-ours", action="store_true", help="time no other side")
+    parser.add_argument("--no-itc", action="store_true", help="ours: no image-text contrast")
     parser.add_argument("--compiled", action="store_true", help="time ours compiled, too")
     parser.add_argument("--bfloat16", action="store_true", help="time ours in bfloat16, too")
     arguments = parser.parse_args()

@@ -22,12 +22,12 @@ class FilterScore:
     Attributes:
         filter: name of its card.
         itm: P(match) in [0, 1].
-        itc: cosine similarity in [-1, 1].
+        itc: cosine similarity in [-1, 1]; None where its card wants none.
     """
 
     filter: str
     itm: float
-    itc: float
+    itc: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +58,8 @@ class Text:
 
     @property
     def itc(self) -> float | None:
-        """The filters' mean cosine similarity, as stored, in [-1, 1]; None where not scored."""
-        return _mean([score.itc for score in self.scores])
+        """The mean cosine similarity of the filters that give one, as stored, in [-1, 1]; None where none does."""
+        return _mean([score.itc for score in self.scores if score.itc is not None])
 
 
 def as_stored(number: float) -> float:

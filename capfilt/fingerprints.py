@@ -83,6 +83,7 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
                 "weights": fingerprint(card.checkpoint),
                 "first_token": card.first_token,
                 "max_tokens": card.max_tokens,
+                "itc": card.itc,
                 "image_size": card.image_size,
                 "dtype": card.dtype,
             }

@@ -67,7 +67,7 @@ SCORE_STRUCT = pa.struct(
     [
         pa.field("filter", pa.string()),  # name of the model card
         pa.field("itm", pa.float32()),  # P(match) in [0, 1]
-        pa.field("itc", pa.float32()),  # cosine similarity in [-1, 1]
+        pa.field("itc", pa.float32()),  # cosine similarity in [-1, 1], null where the card wants none
     ]
 )
 
@@ -78,7 +78,7 @@ TEXT_STRUCT = pa.struct(
         pa.field("candidate", pa.int32()),  # 0 for web; 0..k-1 for each captioner
         pa.field("text", pa.string()),  # as it came; clean-up is applied for scoring only
         pa.field("itm", pa.float32()),  # mean of the filters', null where not scored
-        pa.field("itc", pa.float32()),  # mean of the filters', null where not scored
+        pa.field("itc", pa.float32()),  # mean of those of the filters that give one, null where none does
         pa.field("scores", pa.list_(SCORE_STRUCT)),  # of each filter, in the spec's order; empty where not scored
         pa.field("kept", pa.bool_()),
         pa.field("reason", pa.string()),  # Reason, null where kept

@@ -75,6 +75,7 @@ CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("filters__0__checkpoint", OTHER, SCORE),
     ("filters__0__first_token", "[CLS]", SCORE),
     ("filters__0__max_tokens", 30, SCORE),
+    ("filters__0__itc", False, SCORE),
     ("filters__0__image_size", 224, SCORE),
     ("filters__0__dtype", "bfloat16", SCORE),
     ("filters__0__thresholds", {"web": 0.4}, DECIDE),

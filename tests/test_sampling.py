@@ -88,18 +88,19 @@ def test_key() -> None:
 def test_adjust_is_transformers(penalty: float) -> None:
     logits = random_logits(3, 30, 0)
     ids = torch.tensor([[1, 2, 2, 5], [29, 0, 7, 7], [3, 4, 5, 6]])
-    used = torch.zeros(3, 30, dtype=torch.bool).scatter_(1, ids, True)
     banned = torch.zeros(30, dtype=torch.bool)
-    ours = adjust(logits, used, banned, 9, 5, Sampling(repetition_penalty=penalty, temperature=0.7, min_tokens=5))
+    ours = adjust(
+        logits.clone(), ids, banned, 9, 5, Sampling(repetition_penalty=penalty, temperature=0.7, min_tokens=5)
+    )
     theirs = TemperatureLogitsWarper(0.7)(ids, RepetitionPenaltyLogitsProcessor(penalty)(ids, logits))
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=0)
 
 
 def test_adjust_bans() -> None:
-    logits, used = random_logits(2, 10, 0), torch.zeros(2, 10, dtype=torch.bool)
+    logits, used = random_logits(2, 10, 0), torch.zeros(2, 0, dtype=torch.int64)
     banned = torch.zeros(10, dtype=torch.bool)
     banned[4] = True
-    early = adjust(logits, used, banned, 9, 4, Sampling(min_tokens=5))
+    early = adjust(logits.clone(), used, banned, 9, 4, Sampling(min_tokens=5))
     assert early[:, [4, 9]].isinf().all()
     assert early.isinf().sum() == 4
     assert adjust(logits, used, banned, 9, 5, Sampling(min_tokens=5)).isinf().sum() == 2

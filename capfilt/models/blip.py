@@ -163,7 +163,8 @@ class VisionLayer(nn.Module):
     def _attend(self, x_BTW: Tensor) -> Tensor:
         batch, tokens, width = x_BTW.shape
         qkv_BT3HE = self.self_attn["qkv"](x_BTW).view(batch, tokens, 3, self.heads, width // self.heads)
-        q_BHTE, k_BHTE, v_BHTE = qkv_BT3HE.permute(2, 0, 3, 1, 4)
+        qkv_3BHTE = qkv_BT3HE.permute(2, 0, 3, 1, 4)
+        q_BHTE, k_BHTE, v_BHTE = qkv_3BHTE if x_BTW.is_cuda else qkv_3BHTE.contiguous()  # a CPU reads rows a page apart
         p = self.dropout if self.training else 0.0
         mixed_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, dropout_p=p)
         out: Tensor = self.self_attn["projection"](mixed_BHTE.transpose(1, 2).flatten(2))
@@ -290,9 +291,15 @@ class TextLayer(nn.Module):
         causal: bool,
         image: Keys | None,
         extend: Callable[[Tensor, Tensor], Keys] | None,
+        first: bool = False,
     ) -> Tensor:
-        """[N, L, D] to the same; `extend` adds the new tokens' keys and values to those of the tokens before."""
+        """[N, L, D] to the same, or to [N, 1, D] of the `first` tokens alone, which read all the others.
+
+        `extend` adds the new tokens' keys and values to those of the tokens before.
+        """
         own = self.attention.project(x_NLD)
+        if first:
+            x_NLD = x_NLD[:, :1].contiguous()
         x_NLD = self.attention(x_NLD, extend(*own) if extend else own, mask, causal)
         if image is not None:
             x_NLD = self.crossattention(x_NLD, image)
@@ -354,8 +361,11 @@ class TextTransformer(nn.Module):
         return list(cast("Iterable[TextLayer]", self.encoder["layer"]))
 
     def look(self, seen_BTW: Tensor) -> list[Keys]:
-        """What the texts read of their images: every layer's keys and values."""
-        return [layer.crossattention.project(seen_BTW) for layer in self.layers]
+        """What the texts read of their images: every layer's keys and values, a head's side by side in memory.
+
+        A decoder reads them at every token; from memory in that order, half as fast again.
+        """
+        return [Keys(*(part.contiguous() for part in layer.crossattention.project(seen_BTW))) for layer in self.layers]
 
     def forward(
         self,
@@ -365,8 +375,9 @@ class TextTransformer(nn.Module):
         *,
         causal: bool = False,
         cache: Cache | None = None,
+        first: bool = False,
     ) -> Tensor:
-        """Hidden states [N, L, D].
+        """Hidden states [N, L, D]; with `first`, [N, 1, D] of the first tokens: of the last layer no more is computed.
 
         Args:
             mask_NL: true (or 1) where there is a token; none is padding if not given. A decoder needs none: padding on
@@ -393,7 +404,8 @@ class TextTransformer(nn.Module):
         for n, layer in enumerate(self.layers):
             extend = _extender(cache, n) if cache else None
             seen = image[n] if image is not None else None
-            x_NLD = _run(layer, x_NLD, mask, causal, seen, extend, again=self.checkpointing and self.training)
+            last = first and n + 1 == len(self.layers)
+            x_NLD = _run(layer, x_NLD, mask, causal, seen, extend, last, again=self.checkpointing and self.training)
         if cache and place_1 is None:
             cache.length += ids_NL.shape[1]
         return cast("Tensor", x_NLD)

@@ -16,7 +16,7 @@ from capfilt.errors import CheckpointError
 from capfilt.models import decoding
 from capfilt.models import sampling as draws
 from capfilt.models.blip import TEXTS_AN_IMAGE, CaptioningNetwork, Keys
-from capfilt.models.checkpoints import Loaded, load
+from capfilt.models.checkpoints import Loaded, load_to_run
 from capfilt.models.fitting import Fitting
 from capfilt.models.recorded import Player, cuda_graph
 from capfilt.spec import CaptionerCard, Sampling
@@ -53,7 +53,7 @@ class Captioner:
             CheckpointError: as :func:`capfilt.models.checkpoints.load`, or the vocabulary is all marks.
             SpecError: prompt and `sampling.max_tokens` do not fit the network's positions.
         """
-        self._blip = load(card, device)
+        self._blip = load_to_run(card, device)
         self._sampling = sampling
         decoder = self._blip.model.text_decoder
         self._player = Player(decoder, cuda_graph) if self._blip.device.type == "cuda" else None

@@ -28,6 +28,8 @@ from transformers.utils import logging as transformers_logging
 from capfilt.errors import CheckpointError, SpecError
 from capfilt.fingerprints import TOKENIZER_FILES, checkpoint_files, tokenizer_files, weight_files
 from capfilt.models.blip import CaptioningNetwork, RetrievalNetwork, fill
+from capfilt.models.memory import keep_freed_memory
+from capfilt.models.packed import pack
 from capfilt.models.preprocess import CLIP_MEAN, CLIP_STD, normalise
 from capfilt.models.tokenizer import bert_tokenizer, read_tokenizer, token_ids
 from capfilt.spec import CaptionerCard, FilterCard, HubCheckpoint, LocalCheckpoint
@@ -146,6 +148,28 @@ def load(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
         dtype=DTYPES[card.dtype],
         **token_ids(tokenizer, config.text_config, directory),
     )
+
+
+@overload
+def load_to_run(card: CaptionerCard, device: str) -> Loaded[CaptioningNetwork]: ...
+@overload
+def load_to_run(card: FilterCard, device: str) -> Loaded[RetrievalNetwork]: ...
+def load_to_run(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
+    """As :func:`load`, to compute and nothing else.
+
+    On a CPU the linear layers of a float32 network are packed (capfilt.models.packed; a compiled part is not), and the
+    process keeps the memory that it frees (capfilt.models.memory).
+
+    Raises:
+        CheckpointError, SpecError: as :func:`load`.
+    """
+    loaded: Loaded[Any] = load(card, device)
+    if loaded.device.type == "cpu":
+        keep_freed_memory()
+        for part in loaded.model.children():
+            if loaded.dtype == torch.float32 and not (card.compile and part is loaded.model.vision_model):
+                pack(part)
+    return loaded
 
 
 def locate(

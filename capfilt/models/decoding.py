@@ -165,18 +165,19 @@ def _write(
     text_R = torch.arange(len(rows_R), device=device)
     ids_NL = torch.full((len(rows_R), rules.sampling.max_tokens), end, device=device)
     tied_N = torch.zeros(len(rows_R), dtype=torch.bool, device=device)
-    logits_RV, used_RV, done_R = logits_BV[rows_R], _used(rules, len(rows_R)), torch.zeros_like(tied_N)
+    logits_RV, done_R = logits_BV[rows_R], torch.zeros_like(tied_N)
     trouble_2 = torch.zeros(2, dtype=torch.bool, device=device)  # broken, wide
     moved = _Moved(rows_R) if each > 1 else _Moved()
     for step in range(rules.sampling.max_tokens):
         if step:
             logits_RV, moved = follow(ids_NL[text_R, step - 1], *moved), _Moved()
-        logits_RV = draws.adjust(logits_RV, used_RV, rules.banned_V, end, step, rules.sampling)
+        used_RL = _used(rules, ids_NL[text_R, :step])
+        logits_RV = draws.adjust(logits_RV, used_RL, rules.banned_V, end, step, rules.sampling)
         drawn = choose(logits_RV, text_R, step)
         trouble_2 |= (torch.stack([drawn.broken, drawn.wide]) & ~done_R).any(1)
         tied_R = drawn.tied & ~done_R
         token_R = torch.where(done_R, end, drawn.token)
-        ids_NL[text_R, step], used_RV = token_R, used_RV.scatter_(1, token_R[:, None], True)
+        ids_NL[text_R, step] = token_R
         tied_N[text_R] |= tied_R
         done_R = done_R | tied_R | (token_R == end)
         if (step + 1) % every and step + 1 < rules.sampling.max_tokens:
@@ -191,7 +192,7 @@ def _write(
         if (still := _still(done_BK, worth)) is not None:
             rows_R, kept_B = (index.to(device) for index in still)
             whole = len(kept_B) == len(done_BK)
-            text_R, used_RV, done_R, each = text_R[rows_R], used_RV[rows_R], done_R[rows_R], len(rows_R) // len(kept_B)
+            text_R, done_R, each = text_R[rows_R], done_R[rows_R], len(rows_R) // len(kept_B)
             moved = _Moved(rows_R if moved.rows_R is None else moved.rows_R[rows_R], None if whole else kept_B)
     return _until_end(ids_NL, end), tied_N.tolist()
 
@@ -238,7 +239,7 @@ def beam(logits_BV: Tensor, follow: Follow, rules: Rules, beams: int, length_pen
     """
     (images, words), device, limit = logits_BV.shape, logits_BV.device, rules.sampling.max_tokens
     first_R = torch.arange(images, device=device).repeat_interleave(beams) * beams
-    rows_R, logits_RV, used_RV = first_R // beams, logits_BV.repeat_interleave(beams, 0), _used(rules, len(first_R))
+    rows_R, logits_RV = first_R // beams, logits_BV.repeat_interleave(beams, 0)
     open_BKL = torch.empty(images, beams, 0, dtype=torch.int64, device=device)
     score_BK = torch.full((images, beams), -torch.inf, device=device)
     score_BK[:, 0] = 0  # all are the same at the start: let one go on
@@ -248,8 +249,9 @@ def beam(logits_BV: Tensor, follow: Follow, rules: Rules, beams: int, length_pen
         if step:
             logits_RV = follow(open_BKL[:, :, -1].flatten(), rows_R)
         # transformers' processors meet log-probabilities here, and logits in greedy search
+        used_RL = _used(rules, open_BKL.flatten(0, 1))
         gain_RV = draws.adjust(
-            logits_RV.float().log_softmax(-1), used_RV, rules.banned_V, rules.end, step, rules.sampling
+            logits_RV.float().log_softmax(-1), used_RL, rules.banned_V, rules.end, step, rules.sampling
         )
         total_BX = (score_BK.view(-1, 1) + _finite(gain_RV)).view(images, -1)
         score_BM, place_BM = total_BX.topk(2 * beams)  # at least `beams` of them go on: each can end in one way
@@ -269,7 +271,6 @@ def beam(logits_BV: Tensor, follow: Follow, rules: Rules, beams: int, length_pen
         if not bool(searching_B.any()):
             break
         rows_R = first_R + from_BK.flatten() if step else rows_R
-        used_RV = used_RV[first_R + from_BK.flatten()].scatter_(1, open_BKL[:, :, -1].view(-1, 1), True)
     return _until_end(ended_BKL[:, 0], rules.end)
 
 
@@ -278,10 +279,10 @@ def _rows_of(text_BKL: Tensor, rows_BM: Tensor) -> Tensor:
     return text_BKL.gather(1, rows_BM[..., None].expand(-1, -1, text_BKL.shape[2]))
 
 
-def _used(rules: Rules, rows: int) -> Tensor:
-    """bool [R, V]: tokens of each row so far."""
-    prompt_P = torch.tensor(rules.prompt, device=rules.banned_V.device)
-    return torch.zeros_like(rules.banned_V).index_fill_(0, prompt_P, True).repeat(rows, 1)
+def _used(rules: Rules, text_RL: Tensor) -> Tensor:
+    """[R, P + L]: tokens of each row so far, the prompt's among them."""
+    prompt_P = torch.tensor(rules.prompt, device=text_RL.device)
+    return torch.cat([prompt_P.expand(len(text_RL), -1), text_RL], 1)
 
 
 def _finite(logits_RV: Tensor) -> Tensor:

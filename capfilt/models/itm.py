@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from capfilt.models.blip import TEXTS_AN_IMAGE, Keys
-from capfilt.models.checkpoints import load
+from capfilt.models.checkpoints import load_to_run
 from capfilt.models.fitting import Fitting
 from capfilt.models.tokenizer import padded, with_first
 from capfilt.spec import FilterCard
@@ -32,11 +32,12 @@ class Score(NamedTuple):
 
     Attributes:
         itm: the ITM head's probability of a match, in [0, 1]; what CapFilt decides by (BLIP section 3.3).
-        itc: cosine of the two unimodal embeddings, in [-1, 1]; recorded, not used in the decision.
+        itc: cosine of the two unimodal embeddings, in [-1, 1]; recorded, not used in the decision. None where the card
+            says `itc: false`.
     """
 
     itm: float
-    itc: float
+    itc: float | None
 
 
 class Tokens(NamedTuple):
@@ -75,10 +76,10 @@ class ItmFilter:
             CheckpointError: as :func:`capfilt.models.checkpoints.load`.
             SpecError: `max_tokens` is more than the network's positions.
         """
-        self._blip = load(card, device)
+        self._blip = load_to_run(card, device)
         self._blip.require_positions(card.max_tokens, "filter.max_tokens")
         self._first = self._blip.enc if card.first_token == "[ENC]" else self._blip.cls
-        self._max_tokens = card.max_tokens
+        self._max_tokens, self._itc = card.max_tokens, card.itc
         self._fitting = Fitting(card.batch_size, card.name)
         self.image_size = card.image_size
         self._fitting.measure(self._try, self._blip.device, card.placement.gpus)
@@ -165,7 +166,8 @@ class ItmFilter:
         with torch.inference_mode():
             for rows in _batched(range(len(tokens.lengths)), self._rows):
                 ids_NL, mask_NL = _take(tokens, rows)
-                parts.append(network.embed_texts(network.text_encoder(with_first(ids_NL, self._blip.cls), mask_NL)))
+                ids_NL = with_first(ids_NL, self._blip.cls)
+                parts.append(network.embed_texts(network.text_encoder(ids_NL, mask_NL, first=True)))
             return _finite(torch.cat([part.cpu() for part in parts]))
 
     def match(self, images_BCSS: Tensor, tokens: Tokens, wanted: Sequence[Sequence[int]]) -> list[Tensor]:
@@ -202,7 +204,9 @@ class ItmFilter:
         image = network.text_encoder.look(seen_1TW)
         order = sorted(range(len(wanted)), key=lambda n: tokens.lengths[wanted[n]])
         parts = [
-            network.match(network.text_encoder(*_take(tokens, [wanted[n] for n in some]), image))[:, 1].float()
+            network.match(network.text_encoder(*_take(tokens, [wanted[n] for n in some]), image, first=True))[
+                :, 1
+            ].float()
             for some in _batched(order, self._rows)
         ]
         logit_N = torch.empty(len(wanted))
@@ -227,7 +231,7 @@ class ItmFilter:
         judged: list[list[tuple[int, Score]]] = [[] for _ in wanted]
         for some in _groups([len(own) for own in wanted], self._rows):
             image = self._blip.model.text_encoder.look(seen_BTW[some])
-            image_BJ = self._blip.model.embed_images(seen_BTW[some])
+            image_BJ = self._blip.model.embed_images(seen_BTW[some]) if self._itc else None
             by_length = [sorted(own, key=lambda text: tokens.lengths[text]) for own in wanted[some]]
             longest = [max(tokens.lengths[text] for text in column) for column in zip(*by_length, strict=True)]
             for columns in _buckets(longest, max(1, self._rows // len(by_length))):
@@ -242,11 +246,16 @@ class ItmFilter:
         """Texts in the network at a time."""
         return self._fitting.images * TEXTS_AN_IMAGE
 
-    def _score_texts(self, image: Sequence[Keys], image_BJ: Tensor, ids_NL: Tensor, mask_NL: Tensor) -> Iterator[Score]:
-        """Judge N texts, those of an image side by side."""
+    def _score_texts(
+        self, image: Sequence[Keys], image_BJ: Tensor | None, ids_NL: Tensor, mask_NL: Tensor
+    ) -> Iterator[Score]:
+        """Judge N texts, those of an image side by side; by ITC, too, where the images' vectors are given."""
         network = self._blip.model
-        itm_N = network.match(network.text_encoder(ids_NL, mask_NL, image)).float().softmax(-1)[:, 1]
-        text_NJ = network.embed_texts(network.text_encoder(with_first(ids_NL, self._blip.cls), mask_NL))
+        itm_N = network.match(network.text_encoder(ids_NL, mask_NL, image, first=True)).float().softmax(-1)[:, 1]
+        if image_BJ is None:
+            return (Score(itm, None) for itm in _finite(itm_N.cpu()).tolist())
+        ids_NL = with_first(ids_NL, self._blip.cls)
+        text_NJ = network.embed_texts(network.text_encoder(ids_NL, mask_NL, first=True))
         image_NJ = image_BJ.repeat_interleave(len(text_NJ) // len(image_BJ), 0)
         itc_N = (image_NJ * text_NJ).sum(-1).clamp(-1, 1)  # rounding may leave the range by 1e-7; NaN stays
         return map(Score, *_finite(torch.stack([itm_N, itc_N]).cpu()).tolist())

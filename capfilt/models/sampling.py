@@ -93,13 +93,13 @@ def gumbel(key_R2: Tensor, step: int, token_RM: Tensor) -> Tensor:
     return uniform_RM.log_().neg_().log_().neg_()
 
 
-def adjust(logits_RV: Tensor, used_RV: Tensor, banned_V: Tensor, eos: int, step: int, sampling: Sampling) -> Tensor:
+def adjust(logits_RV: Tensor, used_RL: Tensor, banned_V: Tensor, eos: int, step: int, sampling: Sampling) -> Tensor:
     """The distribution's logits: repetition penalty, bans, temperature, in the order of transformers' processors.
 
     Args:
-        logits_RV: floating, as the network gives them.
-        used_RV: bool; tokens of the row so far, prompt included (CTRL, Keskar et al. 2019, section 4.1; as in
-            transformers, negative logits are multiplied).
+        logits_RV: floating, as the network gives them; float32 is overwritten.
+        used_RL: int64; tokens of the row so far, prompt included (CTRL, Keskar et al. 2019, section 4.1; as in
+            transformers, negative logits are multiplied). One may come twice.
         banned_V: bool; never drawn.
         step: new tokens so far; the end token is banned until there are `min_tokens`.
 
@@ -108,11 +108,14 @@ def adjust(logits_RV: Tensor, used_RV: Tensor, banned_V: Tensor, eos: int, step:
     """
     logits_RV = logits_RV.float()
     penalty = sampling.repetition_penalty
-    penalised_RV = torch.where(logits_RV < 0, logits_RV * penalty, logits_RV / penalty)
-    logits_RV = torch.where(used_RV, penalised_RV, logits_RV).masked_fill(banned_V, -torch.inf)
+    if penalty != 1:
+        used_logits_RL = logits_RV.gather(1, used_RL)
+        penalised_RL = torch.where(used_logits_RL < 0, used_logits_RL * penalty, used_logits_RL / penalty)
+        logits_RV.scatter_(1, used_RL, penalised_RL)
+    logits_RV.masked_fill_(banned_V, -torch.inf)
     if step < sampling.min_tokens:
         logits_RV[:, eos] = -torch.inf
-    return logits_RV / sampling.temperature
+    return logits_RV if sampling.temperature == 1 else logits_RV.div_(sampling.temperature)
 
 
 def draw(

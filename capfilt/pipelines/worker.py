@@ -96,8 +96,8 @@ class Filter(Protocol):
 
     def score(
         self, images_BCHW: torch.Tensor, texts: Sequence[Sequence[str]]
-    ) -> Sequence[Sequence[tuple[float, float]]]:
-        """For each image, for each of its texts, (P(match), cosine similarity)."""
+    ) -> Sequence[Sequence[tuple[float, float | None]]]:
+        """For each image, for each of its texts, (P(match), cosine similarity if its card wants one)."""
         ...
 
 
@@ -479,7 +479,7 @@ class Worker:
                 judged = filter_.score(images[filter_.image_size], texts)
             for of_text, row, own in zip(scores, texts, judged, strict=True):
                 for text, (itm, itc) in zip(row, own, strict=True):
-                    of_text[text] += (FilterScore(card.name, as_stored(itm), as_stored(itc)),)
+                    of_text[text] += (FilterScore(card.name, as_stored(itm), None if itc is None else as_stored(itc)),)
         return scores
 
 

@@ -89,6 +89,10 @@ class FilterCard(_Card):
     )
     max_tokens: int = Field(default=35, ge=2, le=512, description="Longer texts are cut (BLIP fine-tunes with 35).")
     thresholds: Thresholds = Field(default=Thresholds(), description="Used where the spec gives none.")
+    itc: bool = Field(
+        default=True,
+        description="Score image-text contrast, too: recorded, never decided by; another pass over every text.",
+    )
 
 
 ModelCard = Annotated[CaptionerCard | FilterCard, Field(discriminator="role")]
