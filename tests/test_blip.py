@@ -191,11 +191,14 @@ def test_itm_and_itc_are_transformers(pair: Pair) -> None:
     seen = ours.vision_model(images)
     repeated = images.repeat_interleave(3, 0)
     expected = theirs(input_ids=texts, pixel_values=repeated, attention_mask=mask).itm_score
-    logits = ours.match(ours.text_encoder(texts, mask, ours.text_encoder.look(seen)))
-    assert_close(logits, expected, pair.tolerance)
+    for first in (False, True):
+        hidden = ours.text_encoder(texts, mask, ours.text_encoder.look(seen), first=first)
+        assert hidden.shape[1] == (1 if first else 5)
+        assert_close(ours.match(hidden), expected, pair.tolerance)
     expected = theirs(input_ids=texts, pixel_values=images, attention_mask=mask, use_itm_head=False).itm_score
-    similarity = ours.embed_images(seen) @ ours.embed_texts(ours.text_encoder(texts, mask)).T
-    assert_close(similarity, expected, pair.tolerance)
+    for first in (False, True):
+        hidden = ours.text_encoder(texts, mask, first=first)
+        assert_close(ours.embed_images(seen) @ ours.embed_texts(hidden).T, expected, pair.tolerance)
 
 
 @pytest.mark.parametrize(

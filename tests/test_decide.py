@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from capfilt.decide import FilterScore, Text, as_stored, best_text, decide, row_outcome
@@ -121,6 +123,9 @@ def test_scores_are_means_as_the_tables_hold_them() -> None:
     assert two.itm == as_stored((as_stored(0.1) + as_stored(0.2)) / 2)
     assert two.itc == as_stored((as_stored(-0.8) + as_stored(-0.6)) / 2)
     assert text(W, 0, "").itm is text(W, 0, "").itc is None
+    without = replace(two, scores=(replace(two.scores[0], itc=None), two.scores[1]))
+    assert (without.itm, without.itc) == (two.itm, as_stored(-0.6))
+    assert replace(two, scores=tuple(replace(score, itc=None) for score in two.scores)).itc is None
 
 
 def test_thresholds_are_per_source() -> None:

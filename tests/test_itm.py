@@ -85,6 +85,11 @@ def test_first_token_matters(checkpoint: Path, images: Tensor) -> None:
     assert all(one.itc == pytest.approx(two.itc, abs=1e-6) for one, two in both)
 
 
+def test_without_itc(checkpoint: Path, images: Tensor) -> None:
+    both, alone = (itm_filter(checkpoint, itc=itc).score(images[:5], TEXTS) for itc in (True, False))
+    assert alone == [[Score(score.itm, None) for score in own] for own in both]
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 64])
 def test_neighbours_and_padding_do_not_matter(checkpoint: Path, images: Tensor, batch_size: int) -> None:
     many = itm_filter(checkpoint, batch_size=batch_size)

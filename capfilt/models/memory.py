@@ -6,7 +6,7 @@ import ctypes
 import platform
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h's M_ names
-_NEVER = 2**31 - 1
+_NEVER = -1
 _AT_A_TIME = 64 * 2**20
 
 
