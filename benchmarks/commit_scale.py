@@ -81,18 +81,19 @@ def make_shards(output: Path, inputs: Sequence[InputFile], files: int, run: str)
         sizes[table] = make_files(output / directory, table, ROWS[table], paths)
     prints = FINGERPRINTS.caption, FINGERPRINTS.score, FINGERPRINTS.decide
     shards = []
+    counts = {ANNOTATIONS: (ERRORS, KEPT)}
     for n, (name, file) in enumerate(zip(names, inputs, strict=True)):
         of = {
             table: tuple(
-                DataFile(path.format(name, 10 * i, 10 * i + 10), rows, sizes[table], ERRORS * (table == ANNOTATIONS))
+                DataFile(path.format(name, 10 * i, 10 * i + 10), rows, sizes[table], *counts.get(table, ()))
                 for i in range(files)
             )
             for table, rows in ROWS.items()
         }
-        counts = Counts(KEPT * files, DROPPED * files, ERRORS * files)
+        rows = Counts(KEPT * files, DROPPED * files, ERRORS * files)
         quarantine = of[QUARANTINE][:1] if n % 10 == 0 else ()
         provenance = Provenance(file.input_id, *prints, run)
-        shards.append(ShardCommit(name, counts.rows, counts, provenance, of[ANNOTATIONS], of[PAIRS], quarantine))
+        shards.append(ShardCommit(name, rows.rows, rows, provenance, of[ANNOTATIONS], of[PAIRS], quarantine))
     return shards
 
 

@@ -13,6 +13,14 @@ from capfilt.inputs import InputFile, list_inputs, stem
 from capfilt.spec import CurateSpec
 
 
+class Stage(StrEnum):
+    """Where a shard restarts; it goes through this stage and those above it. In the order in which a run does them."""
+
+    DECIDE = "decide"  # from the scores on record: no model, no image but those that are newly kept
+    SCORE = "score"  # from the captions on record: the filters alone
+    CAPTION = "caption"  # from the images: everything
+
+
 class Why(StrEnum):
     """Why a shard is curated, most upstream cause first."""
 
@@ -21,6 +29,11 @@ class Why(StrEnum):
     CAPTION = "captioners, sampling or preprocessing changed"
     SCORE = "filters changed"
     DECIDE = "thresholds or rules changed"
+
+    @property
+    def stage(self) -> Stage:
+        """The first stage that is stale."""
+        return {Why.SCORE: Stage.SCORE, Why.DECIDE: Stage.DECIDE}.get(self, Stage.CAPTION)
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,15 @@ class Plan:
     def reasons(self) -> Counter[Why]:
         """Shards to curate, by reason."""
         return Counter(why for _, why in self.todo)
+
+    @property
+    def models(self) -> bool:
+        """Whether any shard is to meet the filters."""
+        return any(why.stage is not Stage.DECIDE for _, why in self.todo)
+
+    def at(self, stage: Stage) -> list[InputFile]:
+        """The files whose shards restart at a stage."""
+        return [file for file, why in self.todo if why.stage is stage]
 
 
 def make_plan(spec: CurateSpec, fingerprints: Fingerprints, committed: Mapping[str, ShardState]) -> Plan:

@@ -53,8 +53,8 @@ def write_file(output: str, table: str, path: str, rows: Sequence[dict[str, Any]
     file = Path(output, DIRECTORIES[table], path)
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema), file)
-    errors = sum(row["status"] == ERROR for row in rows) if table == ANNOTATIONS else 0
-    return DataFile(path, len(rows), file.stat().st_size, errors)
+    errors, kept = (sum(row["status"] == status for row in rows) * (table == ANNOTATIONS) for status in (ERROR, KEPT))
+    return DataFile(path, len(rows), file.stat().st_size, errors, kept)
 
 
 def write_shard(
@@ -247,9 +247,9 @@ BROKEN: dict[str, tuple[Callable[[ShardCommit], ShardCommit], str]] = {
         lambda s: replace(s, quarantine=(replace(s.quarantine[0], path="shard=bad/x.parquet"),)),
         "shard=bad/x.parquet has",
     ),
-    "pairs of nothing": (
-        lambda s: replace(s, pairs=(replace(s.pairs[0], path="shard=bad/0-9-r-9.parquet", rows=2),)),
-        "shard=bad/0-9-r-9.parquet has",
+    "a kept row miscounted": (
+        lambda s: replace(s, annotations=tuple(replace(file, kept=0) for file in s.annotations)),
+        "2 rows are kept, 0 annotated as such",
     ),
     "a name that needs escaping": (lambda s: replace(s, shard="b d"), "its name may hold"),
 }
