@@ -70,7 +70,9 @@ def make_spec(root: Path) -> CurateSpec:
     )
 
 
-def make_shards(output: Path, inputs: Sequence[InputFile], files: int, run: str) -> list[ShardCommit]:
+def make_shards(
+    output: Path, inputs: Sequence[InputFile], files: int, run: str, made_with: Fingerprints = FINGERPRINTS
+) -> list[ShardCommit]:
     """What workers would have left of some inputs, linked into place: shards ready to commit."""
     names = [file.shard for file in inputs]
     path = "shard={}/{}-{}-" + run + "-0.parquet"
@@ -79,7 +81,7 @@ def make_shards(output: Path, inputs: Sequence[InputFile], files: int, run: str)
         every, per_shard = (10, 1) if table == QUARANTINE else (1, files)
         paths = (path.format(name, 10 * i, 10 * i + 10) for name in names[::every] for i in range(per_shard))
         sizes[table] = make_files(output / directory, table, ROWS[table], paths)
-    prints = FINGERPRINTS.caption, FINGERPRINTS.score, FINGERPRINTS.decide
+    prints = made_with.caption, made_with.score, made_with.decide
     shards = []
     counts = {ANNOTATIONS: (ERRORS, KEPT)}
     for n, (name, file) in enumerate(zip(names, inputs, strict=True)):

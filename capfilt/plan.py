@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from capfilt.dataset import ShardState
@@ -46,12 +46,16 @@ class Plan:
         gone: committed shards that are no longer among the inputs; they stay in the dataset.
         moved: how many files have another path than when they were curated, and keep their shards; they are in `todo`
             or `done` like any other.
+        rows: of the shards to do whose input is as it was, by shard.
+        rows_per_byte: of the inputs that are as they were; None if there are none.
     """
 
     todo: tuple[tuple[InputFile, Why], ...]
     done: tuple[str, ...]
     gone: tuple[str, ...]
     moved: int = 0
+    rows: Mapping[str, int] = field(default_factory=dict)
+    rows_per_byte: float | None = None
 
     @property
     def reasons(self) -> Counter[Why]:
@@ -83,7 +87,15 @@ def make_plan(spec: CurateSpec, fingerprints: Fingerprints, committed: Mapping[s
         done=tuple(file.shard for file, why in reasons if why is None),
         gone=tuple(sorted(shard for shard in committed if shard not in names)),
         moved=sum(was is not now for was, now in zip(listed, files, strict=True)),
+        rows={file.shard: committed[file.shard].rows for file, why in reasons if why not in (None, Why.NEW, Why.INPUT)},
+        rows_per_byte=_rows_per_byte([(file, committed[file.shard]) for file in files if file.shard in committed]),
     )
+
+
+def _rows_per_byte(known: Sequence[tuple[InputFile, ShardState]]) -> float | None:
+    same = [(file.size, state.rows) for file, state in known if state.provenance.input_id == file.input_id]
+    size = sum(size for size, _ in same)
+    return sum(rows for _, rows in same) / size if size else None
 
 
 def _keep_shards(files: Sequence[InputFile], committed: Mapping[str, ShardState]) -> list[InputFile]:
