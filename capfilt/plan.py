@@ -80,7 +80,7 @@ def make_plan(spec: CurateSpec, fingerprints: Fingerprints, committed: Mapping[s
     """
     listed = list_inputs(spec.input, exclude=spec.output)
     files = _keep_shards(listed, committed)
-    reasons = [(file, _why(file, fingerprints, committed.get(file.shard))) for file in files]
+    reasons = [(file, why_stale(file, fingerprints, committed.get(file.shard))) for file in files]
     names = {file.shard for file in files}
     return Plan(
         todo=tuple((file, why) for file, why in reasons if why is not None),
@@ -115,7 +115,8 @@ def _keep_shards(files: Sequence[InputFile], committed: Mapping[str, ShardState]
     return [keep(file) for file in files]
 
 
-def _why(file: InputFile, now: Fingerprints, state: ShardState | None) -> Why | None:
+def why_stale(file: InputFile, now: Fingerprints, state: ShardState | None) -> Why | None:
+    """Why a file's shard is to be curated, given what is committed of it; None where it is up to date."""
     if state is None:
         return Why.NEW
     was = state.provenance

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,12 +22,16 @@ from deltalake import DeltaTable
 from rich.console import Console
 from stubs import HashCaptioner, HashFilter, RaisingFilter, load_hash, load_poison
 
-from capfilt.dataset import CuratedDataset
+from capfilt.dataset import CuratedDataset, DataFile
 from capfilt.errors import ConflictError
+from capfilt.fingerprints import run_fingerprints
+from capfilt.inputs import list_inputs
 from capfilt.pace import Pace, last_paces
-from capfilt.pipelines.curate import Execute, Summary, curate, in_process
+from capfilt.pipelines.curate import Execute, Summary, _Driver, curate, in_process
 from capfilt.pipelines.job import Job, LoadModels
-from capfilt.plan import Stage
+from capfilt.pipelines.progress import Display
+from capfilt.pipelines.redecide import Redecision, redecisions
+from capfilt.plan import Stage, make_plan
 from capfilt.receipts import RECEIPTS, Receipt
 from capfilt.spec import CurateSpec, Sampling, Thresholds
 
@@ -489,6 +494,58 @@ def test_a_shard_that_another_run_committed_since_the_plan_is_not_built_on(make_
     with pytest.raises(ConflictError, match="another run"):
         run(rethreshold, execute=overtaken)
     assert tables(spec.output) == scratch(both)
+
+
+@pytest.mark.usefixtures("web")
+def test_a_plan_that_another_run_overtook_before_it_began_is_refused(make_spec: MakeSpec) -> None:
+    """What is on record is of another filter now: to decide from it would mislabel its scores."""
+    spec = make_spec()
+    run(spec)
+    changed = spec.model_copy(update={"thresholds": Thresholds(web=0.6, synthetic=0.3)})
+    prints = run_fingerprints(changed)
+    plan = make_plan(changed, prints, CuratedDataset.committed_in(spec.output, {}))
+    run(other_filter(spec))
+    dataset, job = CuratedDataset.for_writing(spec.output, {}), Job(changed, prints, "late")
+    summary, display = Summary("late", spec.output, prints), Display(Console(file=io.StringIO()), 1)
+    with pytest.raises(ConflictError, match="another run committed 0000"):
+        _Driver(job, dataset, plan, display, summary).run(in_process, load_hash)
+    assert tables(spec.output) == scratch(other_filter(spec))
+
+
+class Deadly:
+    """A unit that kills the worker that looks at it."""
+
+    def __init__(self, unit: Redecision) -> None:
+        self.file, self.start, self.stop, self.file_rows = unit.file, unit.start, unit.stop, unit.file_rows
+        self.rows, self.name = unit.rows, unit.name
+
+    @property
+    def annotations(self) -> DataFile:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("dead")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray", "web")
+def test_a_file_that_kills_its_workers_is_given_up_and_the_others_of_its_batch_are_not(make_spec: MakeSpec) -> None:
+    import ray
+
+    from capfilt.pipelines.ray_tasks import run_tasks
+
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    spec = make_spec()
+    run(spec)
+    changed = spec.model_copy(update={"thresholds": Thresholds(web=0.6, synthetic=0.3)})
+    dataset, files = CuratedDataset.for_writing(spec.output, {}), list_inputs(spec.input)
+    held = dataset.files([file.shard for file in files])
+    units: list[Any] = [unit for file in files for unit in redecisions(file, held[file.shard])]
+    units[1] = Deadly(units[1])
+    job = Job(changed, run_fingerprints(changed), "run", Stage.DECIDE)
+    receipts = [receipt for finished in run_tasks(job, iter(units)) for receipt in finished]
+    assert sorted(receipt.start for receipt in receipts) == sorted(unit.start for unit in units)
+    (failed,) = [receipt for receipt in receipts if receipt.failure]
+    assert failed.failure
+    assert failed.failure.startswith(f"{units[1].name}: the worker died on it again and again")
 
 
 # --- pace ---

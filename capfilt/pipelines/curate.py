@@ -30,7 +30,7 @@ from capfilt.pipelines.job import Failure, Job, LoadModels, load_models
 from capfilt.pipelines.progress import Display
 from capfilt.pipelines.redecide import Redecision, redecide, redecisions
 from capfilt.pipelines.session import connected, interruptible, lacking, quiet, surroundings, uninterrupted
-from capfilt.plan import Plan, Stage, make_plan
+from capfilt.plan import Plan, Stage, make_plan, why_stale
 from capfilt.receipts import Receipt, adopt, discard, gaps, shard_commit, unfinished
 from capfilt.spec import CurateSpec
 from capfilt.throughput import Throughput
@@ -236,12 +236,12 @@ class _Driver:
         adopted = adopt(spec.output, spec.output_options, wanted, self._closed)
         if job.stage is Stage.CAPTION:
             return self._fragments(files, adopted)
-        for shard, now in wanted.items():  # the plan was made before the dataset was opened for writing
-            state = self._committed.get(shard)
-            was = state and (state.provenance.caption_fingerprint, state.provenance.input_id)
-            scored = job.stage is Stage.SCORE or (state and state.provenance.score_fingerprint == now.score_fingerprint)
-            if was != (now.caption_fingerprint, now.input_id) or not scored:
-                raise ConflictError(f"{spec.output}: another run committed {shard} since this one began; run again")
+        for file in files:  # the plan was made before the dataset was opened for writing
+            why = why_stale(file, job.fingerprints, self._committed.get(file.shard))
+            if why is None or why.stage is not job.stage:
+                raise ConflictError(
+                    f"{spec.output}: another run committed {file.shard} since this one began; run again"
+                )
         self._before = self.dataset.files(list(wanted))
         return self._redecisions(files, adopted) if job.stage is Stage.DECIDE else self._fragments(files, adopted)
 

@@ -15,7 +15,10 @@ from capfilt.receipts import Receipt
 BATCH_ROWS = 8_000
 """Rows of one task: some tenths of a second, against Ray's milliseconds."""
 
-RETRIES = 5
+BATCH_FILES = 80
+"""And files, where these are small."""
+
+RETRIES = 3
 """Of a task whose worker or node died, before its files are tried one by one, and before one of these is given up."""
 
 _LEAST_TASKS = 8  # handed to Ray at a time: a cluster grows by what waits
@@ -63,7 +66,7 @@ def _batches(works: Iterator[Redecision]) -> Iterator[list[Redecision]]:
     batch: list[Redecision] = []
     for work in works:
         batch.append(work)
-        if sum(one.rows for one in batch) >= BATCH_ROWS or len(batch) >= BATCH_ROWS // 100:
+        if sum(one.rows for one in batch) >= BATCH_ROWS or len(batch) >= BATCH_FILES:
             yield batch
             batch = []
     if batch:
