@@ -70,7 +70,9 @@ def make_spec(root: Path) -> CurateSpec:
     )
 
 
-def make_shards(output: Path, inputs: Sequence[InputFile], files: int, run: str) -> list[ShardCommit]:
+def make_shards(
+    output: Path, inputs: Sequence[InputFile], files: int, run: str, made_with: Fingerprints = FINGERPRINTS
+) -> list[ShardCommit]:
     """What workers would have left of some inputs, linked into place: shards ready to commit."""
     names = [file.shard for file in inputs]
     path = "shard={}/{}-{}-" + run + "-0.parquet"
@@ -79,20 +81,21 @@ def make_shards(output: Path, inputs: Sequence[InputFile], files: int, run: str)
         every, per_shard = (10, 1) if table == QUARANTINE else (1, files)
         paths = (path.format(name, 10 * i, 10 * i + 10) for name in names[::every] for i in range(per_shard))
         sizes[table] = make_files(output / directory, table, ROWS[table], paths)
-    prints = FINGERPRINTS.caption, FINGERPRINTS.score, FINGERPRINTS.decide
+    prints = made_with.caption, made_with.score, made_with.decide
     shards = []
+    counts = {ANNOTATIONS: (ERRORS, KEPT)}
     for n, (name, file) in enumerate(zip(names, inputs, strict=True)):
         of = {
             table: tuple(
-                DataFile(path.format(name, 10 * i, 10 * i + 10), rows, sizes[table], ERRORS * (table == ANNOTATIONS))
+                DataFile(path.format(name, 10 * i, 10 * i + 10), rows, sizes[table], *counts.get(table, ()))
                 for i in range(files)
             )
             for table, rows in ROWS.items()
         }
-        counts = Counts(KEPT * files, DROPPED * files, ERRORS * files)
+        rows = Counts(KEPT * files, DROPPED * files, ERRORS * files)
         quarantine = of[QUARANTINE][:1] if n % 10 == 0 else ()
         provenance = Provenance(file.input_id, *prints, run)
-        shards.append(ShardCommit(name, counts.rows, counts, provenance, of[ANNOTATIONS], of[PAIRS], quarantine))
+        shards.append(ShardCommit(name, rows.rows, rows, provenance, of[ANNOTATIONS], of[PAIRS], quarantine))
     return shards
 
 

@@ -44,7 +44,8 @@ from rich.console import Console
 
 from capfilt.fragments import Fragment
 from capfilt.pipelines.curate import curate
-from capfilt.pipelines.worker import Job, LoadModels, Worker
+from capfilt.pipelines.job import Job, LoadModels
+from capfilt.pipelines.worker import Worker
 from capfilt.receipts import Receipt
 from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, Input, LocalCheckpoint, Placement, Sampling
 

@@ -57,7 +57,7 @@ from rich.console import Console
 
 from capfilt.fragments import Fragment
 from capfilt.pipelines.curate import WINDOW, curate, on_ray
-from capfilt.pipelines.worker import Job, LoadModels
+from capfilt.pipelines.job import Job, LoadModels
 from capfilt.receipts import Receipt
 from capfilt.spec import CurateSpec
 

@@ -249,9 +249,10 @@ def _whereabouts(checkpoint: Checkpoint, complete: Complete) -> str:
 
 @app.command()
 def plan(spec: SpecFile, overrides: Overrides = None) -> None:
-    """Say what a run would do, and why. Reads listings and the dataset's log only."""
+    """Say what a run would do, why, and how long it would take. Reads listings, logs and run records only."""
     from capfilt.dataset import CuratedDataset
     from capfilt.fingerprints import run_fingerprints
+    from capfilt.pace import costs, last_paces
     from capfilt.plan import make_plan
 
     loaded = load_curate_spec(spec, overrides or ())
@@ -260,6 +261,8 @@ def plan(spec: SpecFile, overrides: Overrides = None) -> None:
     for why, count in work.reasons.items():
         size = sum(file.size for file, reason in work.todo if reason is why)
         say(f"curate {count:,} shards ({size:,} bytes): {why}")
+    for cost in costs(work, last_paces(loaded.output, loaded.output_options)):
+        say(str(cost))
     say(f"leave {len(work.done):,} shards: up to date")
     if work.moved:
         say(f"{work.moved:,} files have moved and keep their shards")

@@ -7,8 +7,9 @@
 
 Workers write Parquet files into the tables' directories, as `shard=<shard>/<start>-<stop>-<run>-<attempt>.parquet`,
 the three files of one attempt under one name that no other attempt uses. A file is part of the dataset once a commit
-names it. Every commit takes the output's next *transaction number* and moves all three tables to it, annotations
-first; version n of one table goes with version n of the others.
+names it. A commit names all files of its shards, and those that are there already stay: a shard that is decided anew
+keeps the pairs that are the same. Every commit takes the output's next *transaction number* and moves all three tables
+to it, annotations first; version n of one table goes with version n of the others.
 
 Two drivers. A commit carries its number as a Delta application transaction, so one that does not start from the newest
 fails (ConflictError). Delta alone would let two appends of one shard both pass.
@@ -33,7 +34,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -58,7 +59,7 @@ _FOLLOWERS = (PAIRS, QUARANTINE)
 _CLOSED = "closed"
 _RESERVED = {"quarantine", "receipts", _CLOSED}  # folders of _runs/ that are no run's
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
-_FILE_NAME = re.compile(r"\d+-\d+-(?P<run>.+)-[^-]+\.parquet")
+_FILE_NAME = re.compile(r"(?P<start>\d+)-(?P<stop>\d+)-(?P<run>.+)-[^-]+\.parquet")
 _FOREVER = "interval 36500 days"
 
 
@@ -87,13 +88,20 @@ class DataFile:
         path: relative to the table's directory.
         rows: in all.
         size: bytes.
-        errors: rows of status error; of annotations.
+        errors, kept: rows of these statuses; of annotations.
     """
 
     path: str
     rows: int
     size: int
     errors: int = 0
+    kept: int = 0
+
+    @property
+    def span(self) -> tuple[int, int] | None:
+        """The rows [start, stop) of the input that it is about, as its name says; None where another tool wrote it."""
+        match = _FILE_NAME.fullmatch(self.path.rpartition("/")[2])
+        return (int(match["start"]), int(match["stop"])) if match else None
 
 
 @dataclass(frozen=True)
@@ -109,14 +117,14 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ShardCommit:
-    """A whole shard, to replace whatever the dataset holds under its name.
+    """A whole shard, to replace whatever the dataset holds under its name. Files that it holds already stay.
 
     Attributes:
         shard: letters, digits, `.`, `_` and `-`.
         rows: of the input file.
         counts: of those rows.
         annotations: at least one file, which may be without rows.
-        pairs, quarantine: may be empty. A pairs file has the name of the annotations file that its rows are of.
+        pairs, quarantine: may be empty.
     """
 
     shard: str
@@ -138,7 +146,6 @@ class ShardCommit:
         files = (*self.annotations, *self.pairs, *self.quarantine)
         strays = [file.path for file in files if not file.path.startswith(f"{SHARD}={self.shard}/")]
         strays += [file.path for file in files if _run_of(file.path) is None]
-        strays += {file.path for file in self.pairs} - {file.path for file in self.annotations}
         problem = None
         if not _NAME.fullmatch(self.shard):
             problem = "its name may hold letters, digits, '.', '_' and '-' only"
@@ -150,12 +157,14 @@ class ShardCommit:
             problem = (
                 f"{counts.errors} rows are errors, {sum(file.errors for file in self.annotations)} annotated as such"
             )
+        elif counts.kept != (kept := sum(file.kept for file in self.annotations)):
+            problem = f"{counts.kept} rows are kept, {kept} annotated as such"
         elif paired != counts.kept:
             problem = f"{counts.kept} rows kept, {paired} rows in pairs"
         elif quarantined > counts.errors:
             problem = f"{counts.errors} rows are errors, {quarantined} rows in quarantine"
         elif strays:
-            problem = f"{strays[0]} has another shard's place, no run in its name, or no annotations to its pairs"
+            problem = f"{strays[0]} has another shard's place, or no run in its name"
         if problem:
             raise DatasetError(f"shard {self.shard}: {problem}. Nothing was committed; report this bug")
 
@@ -173,6 +182,15 @@ class ShardState:
     def rows(self) -> int:
         """Rows of the input file."""
         return self.counts.rows
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """The files that hold a committed shard, as the log tells."""
+
+    annotations: tuple[DataFile, ...] = ()
+    pairs: tuple[DataFile, ...] = ()
+    quarantine: tuple[DataFile, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -285,6 +303,23 @@ class CuratedDataset:
                 *(grouped[c].to_pylist() for c in columns), strict=True
             )
         }
+
+    def files(self, shards: Sequence[str]) -> dict[str, ShardFiles]:
+        """The files of committed shards, from the log alone."""
+        found: dict[str, dict[str, list[DataFile]]] = {shard: {table: [] for table in DIRECTORIES} for shard in shards}
+        for table, delta in self._tables.items():
+            actions = _actions(delta, shards)
+            kept, no_errors = (
+                actions[f"null_count.{name}"].to_pylist() if table == ANNOTATIONS else [0] * len(actions)
+                for name in ("reason", "detail")
+            )
+            columns = (
+                actions[name].to_pylist() for name in (f"partition.{SHARD}", "path", "num_records", "size_bytes")
+            )
+            for shard, path, rows, size, k, n in zip(*columns, kept, no_errors, strict=True):
+                errors = rows - n if table == ANNOTATIONS else 0
+                found[shard][table].append(DataFile(path, rows, size, errors, k))
+        return {shard: ShardFiles(**{table: tuple(of[table]) for table in DIRECTORIES}) for shard, of in found.items()}
 
     def commit(self, shards: Sequence[ShardCommit]) -> int:
         """Make whole shards part of the dataset, each in place of whatever it held under that name: all, or none.
@@ -476,11 +511,16 @@ class CuratedDataset:
         """The transaction number of a table as loaded."""
         return self._tables[table].transaction_version(_APP) or 0
 
-    def _write(self, table: str, intent: Mapping[str, Any], adds: list[AddAction | RemoveAction]) -> None:
-        """Commit an intent to one table. Raises CommitFailedError if a driver did so since the table was loaded."""
+    def _write(self, table: str, intent: Mapping[str, Any], adds: Sequence[AddAction]) -> None:
+        """Commit an intent to one table: of its shards, what is not among `adds` goes, and what is there stays.
+
+        Raises CommitFailedError if a driver committed since the table was loaded.
+        """
         delta = self._tables[table]
+        held = _actions(delta, intent["shards"])
+        there, wanted = set(held["path"].to_pylist()), {add.path for add in adds}
         delta.create_write_transaction(
-            adds + _removes(delta, intent["shards"]),
+            [*(add for add in adds if add.path not in there), *_removes(held, wanted)],
             "append",  # with removes; deltalake's overwrite by filter takes four times as long, even of nothing
             _schema(table),
             [SHARD],
@@ -602,24 +642,29 @@ def _annotation_adds(shard: ShardCommit) -> list[AddAction]:
     """Entries whose statistics tell the shard's state: its provenance is the min and max of constant columns, its kept
     rows are the nulls of `reason`, its errors the rows where `detail` is not null. They are as true for any reader that
     skips files by them."""
-    kept = {file.path: file.rows for file in shard.pairs}
     adds = []
     for file in shard.annotations:
         # A shard may hold files that an earlier run finished and did not live to commit.
         constant = {**asdict(shard.provenance), "run": _run_of(file.path)}
-        nulls = {**dict.fromkeys(constant, 0), "reason": kept.get(file.path, 0), "detail": file.rows - file.errors}
+        nulls = {**dict.fromkeys(constant, 0), "reason": file.kept, "detail": file.rows - file.errors}
         adds.append(_add(file.path, file.size, file.rows, minValues=constant, maxValues=constant, nullCount=nulls))
     return adds
 
 
-def _removes(delta: DeltaTable, shards: Sequence[str]) -> list[AddAction | RemoveAction]:
-    """Entries that take out whatever the table holds of these shards."""
-    files = pa.table(delta.get_add_actions()).select(["path", "size_bytes", "partition"]).flatten()
-    files = files.filter(pc.is_in(files[f"partition.{SHARD}"], value_set=pa.array(shards, pa.string())))
+def _actions(delta: DeltaTable, shards: Sequence[str]) -> pa.Table:
+    """The log's entries for the files that a table holds of these shards, structs as columns of dotted names."""
+    actions = pa.table(delta.get_add_actions()).flatten()  # its own flatten is 15 times slower
+    return actions.filter(pc.is_in(actions[f"partition.{SHARD}"], value_set=pa.array(shards, pa.string())))
+
+
+def _removes(held: pa.Table, wanted: Container[str]) -> list[RemoveAction]:
+    """Entries that take out what is held and not wanted any more."""
     now = int(time.time() * 1000)
+    columns = (held[name].to_pylist() for name in ("path", "size_bytes", f"partition.{SHARD}"))
     return [
         RemoveAction(path, True, now, size, {SHARD: shard})
-        for path, size, shard in zip(*(column.to_pylist() for column in files.columns), strict=True)
+        for path, size, shard in zip(*columns, strict=True)
+        if path not in wanted
     ]
 
 

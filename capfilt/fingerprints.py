@@ -41,8 +41,9 @@ class Fingerprints:
 
     Attributes:
         caption: of each captioner in order weights, prompt and image size; sampling, preprocessing, image column.
-        score: caption, of each filter in order weights and how it reads a text, text column.
-        decide: score, thresholds, how filters decide together, which texts stay, columns that are recorded.
+        score: caption, of each filter in order weights and how it reads a text, text column, columns that are recorded
+            (these change no score, but are read from the input, which a decision from the scores on record is not).
+        decide: score, thresholds, how filters decide together, which texts stay.
     """
 
     caption: str
@@ -90,6 +91,7 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
             for card in spec.filters
         ],
         text_column=spec.input.columns.text,
+        recorded_columns=[spec.input.columns.url, spec.input.columns.key],
     )
     decide = _digest(
         code=DECIDE_CODE,
@@ -97,7 +99,6 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
         thresholds=[own.model_dump(mode="json") for own in spec.effective_thresholds],
         decision=spec.decision,
         keep=spec.keep,
-        recorded_columns=[spec.input.columns.url, spec.input.columns.key],
     )
     return Fingerprints(caption, score, decide)
 

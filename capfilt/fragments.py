@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -69,13 +69,18 @@ class Footer:
 
 @dataclass(frozen=True, slots=True)
 class Fragment:
-    """Rows [start, stop) of one input file of `file_rows` rows."""
+    """Rows [start, stop) of one input file of `file_rows` rows.
+
+    Attributes:
+        annotations: committed files that hold their captions, where these stay; paths within the table.
+    """
 
     file: InputFile
     layout: Layout
     start: int
     stop: int
     file_rows: int
+    annotations: tuple[str, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -91,7 +96,7 @@ class Fragment:
         """At most `parts` fragments of nearly equal size that make up this one."""
         parts = min(parts, self.rows)
         cuts = [self.start + self.rows * i // parts for i in range(parts + 1)]
-        return [Fragment(self.file, self.layout, a, b, self.file_rows) for a, b in itertools.pairwise(cuts)]
+        return [replace(self, start=a, stop=b) for a, b in itertools.pairwise(cuts)]
 
 
 @dataclass(frozen=True, slots=True)

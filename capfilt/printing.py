@@ -58,6 +58,10 @@ def print_summary(summary: Summary) -> None:
             texts.add_row(f"{count:,}", *reason.split(":"))
     if texts.row_count:
         out.print(texts)
+    for stage, pace in summary.stages.items():
+        done = f"{pace.captions:,} captions written, {pace.images:,} images read"
+        copied = f", {pace.copied:,} copied from earlier pairs" if pace.copied else ""
+        say(f"restarted at {stage}: {pace.rows:,} rows; {done}{copied}")
     if summary.skipped:
         say(f"{summary.skipped:,} shards were up to date")
     if summary.adopted_rows:

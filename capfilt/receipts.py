@@ -20,6 +20,7 @@ import fsspec
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from capfilt.dataset import DIRECTORIES, Counts, DataFile, Provenance, ShardCommit
+from capfilt.plan import Stage
 from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE
 
 RECEIPTS = "_runs/receipts"
@@ -33,6 +34,10 @@ class Receipt(BaseModel):
         counts: rows kept, dropped and in error; they sum to `rows` unless the fragment failed.
         reasons: rows by reason, and texts by `web:` or `synthetic:` and reason or `kept`.
         seconds: by stage, summed over threads.
+        stage: at which the shard restarted.
+        captions: that captioners wrote for it.
+        images: whose bytes were read from the input.
+        copied: images whose bytes were copied from an earlier pairs file.
         on_models: when its first batch met the models and its last one left them, in seconds since 1970; none if no row
             came so far.
         failure: why the fragment could not be read at all just now; then nothing was written, and its shard is left for
@@ -52,6 +57,10 @@ class Receipt(BaseModel):
     pairs: tuple[DataFile, ...] = ()
     quarantine: tuple[DataFile, ...] = ()
     reasons: dict[str, int] = {}
+    stage: Stage = Stage.CAPTION
+    captions: int = 0
+    images: int = 0
+    copied: int = 0
     seconds: dict[str, float] = {}
     on_models: tuple[float, float] | None = None
     failure: str | None = None
@@ -161,6 +170,8 @@ def _load(fs: Any, root: str, name: str, wanted: Mapping[str, Provenance], close
     try:
         receipt = Receipt.model_validate_json(fs.cat_file(name))
         if receipt.provenance.run in closed or not receipt.same_work(wanted[receipt.shard]):
+            return None
+        if sum(file.kept for file in receipt.annotations) != receipt.counts.kept:  # an older version did not count them
             return None
         for table, files in (
             (ANNOTATIONS, receipt.annotations),

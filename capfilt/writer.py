@@ -72,6 +72,16 @@ class ParquetWriter:
         self._pending_bytes += size
         self.rows += 1
 
+    def write(self, table: pa.Table) -> None:
+        """Add rows that are columns already, as one row group; constant columns are set anew."""
+        self._flush()
+        columns = [
+            pa.repeat(self._constant[name], table.num_rows) if name in self._constant else table[name]
+            for name in self.schema.names
+        ]
+        self._writer.write_table(pa.Table.from_arrays(columns, schema=self.schema))
+        self.rows += table.num_rows
+
     def _flush(self) -> None:
         if self._pending:
             columns = [

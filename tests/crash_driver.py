@@ -31,8 +31,9 @@ STUCK_SECONDS = 180
 
 WORKER = "ray::MapWorker"
 LEDGER = "ray::Attempts"
+TASK = "ray::_redecide"
 
-Victim = Literal["driver", "actor", "both", "ledger"]
+Victim = Literal["driver", "actor", "both", "ledger", "worker"]
 Moment = Literal["create", "start", "load", "work", "commit", "vacuum"]
 
 
@@ -48,7 +49,7 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True)
 class Strike:
-    """Whom to kill, and when.
+    """Whom to kill, and when. A `worker` is an actor, or whoever does a task.
 
     Attributes:
         moment: `create` is when the output appears, `start` a share of the usual start-up time, `load` when an actor
@@ -240,6 +241,8 @@ class Driver:
         hit = False
         if strike.victim != "driver":
             actors = self.actors(LEDGER if strike.victim == "ledger" else WORKER)
+            if strike.victim == "worker":
+                actors += self.actors(TASK)
             if actors:
                 actors[int(strike.amount * 1000) % len(actors)].kill()
                 hit = True
@@ -249,7 +252,8 @@ class Driver:
         if strike.victim in ("driver", "both") and self.process.poll() is None:
             self.kill()
             return "both" if hit else "driver"
-        return ("ledger" if strike.victim == "ledger" else "actor") if hit else None
+        kinds: dict[Victim, Victim] = {"ledger": "ledger", "worker": "worker"}
+        return kinds.get(strike.victim, "actor") if hit else None
 
     def reap(self, patience: float = 60) -> None:
         """Wait for the workers of a dead driver to end by themselves, and end what else its Ray left, by process id.

@@ -14,7 +14,8 @@ from capfilt.fingerprints import run_fingerprints
 from capfilt.fragments import Fragment, read_footer
 from capfilt.inputs import list_inputs
 from capfilt.pipelines.attempts import Attempts
-from capfilt.pipelines.worker import DEATHS_BEFORE_SPLIT, LOST_ROWS_LIMIT, Job, Worker
+from capfilt.pipelines.job import Job
+from capfilt.pipelines.worker import DEATHS_BEFORE_SPLIT, LOST_ROWS_LIMIT, Worker
 from capfilt.receipts import Receipt, shard_commit
 from capfilt.schema import Reason
 from capfilt.spec import Columns, CurateSpec

@@ -63,6 +63,7 @@ def test_a_user_goes_through_every_command(spec: Path) -> None:
     assert planned.returncode == 0, planned.stderr
     assert "curate 2 shards" in planned.stdout
     assert "new" in planned.stdout
+    assert "restart at caption: 2 shards, rows not known yet; no run on record" in planned.stdout
     assert not (spec.parent / "out").exists()
 
     done = capfilt("run", spec)
@@ -78,7 +79,13 @@ def test_a_user_goes_through_every_command(spec: Path) -> None:
     assert "2 shards, 120 rows" in state.stdout
     assert capfilt("status", spec).stdout == state.stdout
     assert "up to date" in capfilt("plan", spec).stdout
-    assert "thresholds or rules changed" in capfilt("plan", spec, "--set", "thresholds.web=0.9").stdout
+    changed = capfilt("plan", spec, "--set", "thresholds={web: 0.9}").stdout
+    assert "thresholds or rules changed" in changed
+    assert "restart at decide: 2 shards, 120 rows; no run on record was at the decide stage" in changed
+    changed = capfilt("plan", spec, "--set", "sampling.seed=1").stdout
+    assert re.search(
+        r"restart at caption: 2 shards, 120 rows; about \d:\d\d:\d\d once started, at [\d,.]+ rows/s", changed
+    )
     assert "nothing to do: 2 shards" in capfilt("run", spec).stdout
     swept = capfilt("vacuum", spec.parent / "out", "--hours", "0")
     assert swept.returncode == 0, swept.stderr

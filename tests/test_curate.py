@@ -29,7 +29,7 @@ from capfilt.fragments import Fragment, read_rows
 from capfilt.models.tiny import write_tiny_pair
 from capfilt.pipelines import worker
 from capfilt.pipelines.curate import Execute, Summary, curate, in_process
-from capfilt.pipelines.worker import Job, LoadModels, load_models
+from capfilt.pipelines.job import Job, LoadModels, load_models
 from capfilt.receipts import RECEIPTS, Receipt
 from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, LocalCheckpoint, Placement, Sampling, Thresholds
 

@@ -25,7 +25,16 @@ from deltalake import CommitProperties, DeltaTable, Schema, Transaction
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from capfilt.dataset import DIRECTORIES, Counts, CuratedDataset, DataFile, Provenance, ShardCommit, ShardState
+from capfilt.dataset import (
+    DIRECTORIES,
+    Counts,
+    CuratedDataset,
+    DataFile,
+    Provenance,
+    ShardCommit,
+    ShardFiles,
+    ShardState,
+)
 from capfilt.errors import ConflictError, DatasetError
 from capfilt.schema import ANNOTATIONS, FILE_SCHEMAS, PAIRS, QUARANTINE, Reason, Status, table_schema
 
@@ -53,8 +62,8 @@ def write_file(output: str, table: str, path: str, rows: Sequence[dict[str, Any]
     file = Path(output, DIRECTORIES[table], path)
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist([{name: row.get(name) for name in schema.names} for row in rows], schema), file)
-    errors = sum(row["status"] == ERROR for row in rows) if table == ANNOTATIONS else 0
-    return DataFile(path, len(rows), file.stat().st_size, errors)
+    errors, kept = (sum(row["status"] == status for row in rows) * (table == ANNOTATIONS) for status in (ERROR, KEPT))
+    return DataFile(path, len(rows), file.stat().st_size, errors, kept)
 
 
 def write_shard(
@@ -229,6 +238,63 @@ def test_replacing_a_shard_replaces_it_in_every_table(output: str) -> None:
     assert rows_of(old, ANNOTATIONS, version=1) == [("a/0", "r1"), ("a/1", "r1"), ("b/0", "r1"), ("b/1", "r1")]
 
 
+def redecide(output: str, old: ShardCommit, run: str, keep: Sequence[bool]) -> ShardCommit:
+    """Annotations anew, and of a shard with one file for each of `keep` the pairs that are kept as they are."""
+    kinds = {table: getattr(old, table) for table in DIRECTORIES}
+    statuses = [KEPT, DROPPED, ERROR] * len(keep)
+    new = write_shard(output, old.shard, run, statuses, mark="v1")
+    pairs = tuple(was if kept else now for was, now, kept in zip(kinds[PAIRS], new.pairs, keep, strict=True))
+    provenance = replace(new.provenance, decide_fingerprint="decide-v2")
+    return replace(new, provenance=provenance, pairs=pairs, quarantine=old.quarantine)
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3])
+@pytest.mark.parametrize("keep", [(True, True), (True, False), (False, False)])
+def test_files_that_a_commit_names_again_stay_whenever_its_driver_dies(
+    output: str, keep: tuple[bool, bool], stages: int
+) -> None:
+    dataset = Dying.for_writing(output, {})
+    old = write_shard(output, "a", "r1", [KEPT, DROPPED, ERROR] * 2)
+    other = write_shard(output, "b", "r1", [KEPT])
+    dataset.commit([old, other])
+    assert dataset.files(["a", "b", "c"]) == {
+        shard.shard: ShardFiles(shard.annotations, shard.pairs, shard.quarantine) for shard in (old, other)
+    } | {"c": ShardFiles()}
+    new = redecide(output, old, "r2", keep)
+    dataset.stages = stages
+    if stages < 3:
+        with pytest.raises(Killed):
+            dataset.commit([new])
+    else:
+        dataset.commit([new])
+    after = CuratedDataset.for_writing(output, {})
+    after.register("r1", {})
+    after.register("r2", {})
+    after.vacuum(0)
+    after = CuratedDataset.for_reading(output, {})
+    assert after.files(["a"]) == {"a": ShardFiles(new.annotations, new.pairs, new.quarantine)}
+    runs = ["r1" if kept else "r2" for kept in keep]
+    assert rows_of(after, ANNOTATIONS) == [*((f"a/{i}", "r2") for i in range(6)), ("b/0", "r1")]
+    assert rows_of(after, PAIRS) == [("a/0", runs[0]), ("a/3", runs[1]), ("b/0", "r1")]
+    assert rows_of(after, QUARANTINE) == [("a/2", "r1"), ("a/5", "r1")]
+    assert after.committed()["a"].provenance == new.provenance
+
+
+def test_a_file_that_was_replaced_can_come_back(output: str) -> None:
+    """A run dies before its commit, another replaces what it built on, and a third adopts its receipts."""
+    dataset = CuratedDataset.for_writing(output, {})
+    old = write_shard(output, "a", "r1", [KEPT, DROPPED, ERROR])
+    dataset.commit([old])
+    adopted = redecide(output, old, "r2", [True])
+    dataset.commit([write_shard(output, "a", "r3", [KEPT, KEPT, KEPT])])
+    dataset.commit([adopted])
+    for run in ("r1", "r2", "r3"):
+        dataset.register(run, {})
+    dataset.vacuum(0)
+    assert rows_of(dataset, PAIRS) == [("a/0", "r1")]
+    assert rows_of(dataset, QUARANTINE) == [("a/2", "r1")]
+
+
 BROKEN: dict[str, tuple[Callable[[ShardCommit], ShardCommit], str]] = {
     "a row lost": (lambda s: replace(s, rows=5), "5 rows in, 4 rows annotated"),
     "a row miscounted": (lambda s: replace(s, counts=Counts(2, 2, 1)), "5 counted"),
@@ -247,9 +313,9 @@ BROKEN: dict[str, tuple[Callable[[ShardCommit], ShardCommit], str]] = {
         lambda s: replace(s, quarantine=(replace(s.quarantine[0], path="shard=bad/x.parquet"),)),
         "shard=bad/x.parquet has",
     ),
-    "pairs of nothing": (
-        lambda s: replace(s, pairs=(replace(s.pairs[0], path="shard=bad/0-9-r-9.parquet", rows=2),)),
-        "shard=bad/0-9-r-9.parquet has",
+    "a kept row miscounted": (
+        lambda s: replace(s, annotations=tuple(replace(file, kept=0) for file in s.annotations)),
+        "2 rows are kept, 0 annotated as such",
     ),
     "a name that needs escaping": (lambda s: replace(s, shard="b d"), "its name may hold"),
 }

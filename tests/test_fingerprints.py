@@ -105,8 +105,8 @@ CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("input", {"paths": ["/other"]}, NONE),
     ("input__columns__image", "picture", ALL),
     ("input__columns__text", "alt", SCORE),
-    ("input__columns__url", "link", DECIDE),
-    ("input__columns__key", "id", DECIDE),
+    ("input__columns__url", "link", SCORE),
+    ("input__columns__key", "id", SCORE),
 ]
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "capfilt"
 LAYERS = [
     {"errors", "schema", "spec", "text", "decide", "fingerprints", "weights", "evaluate", "throughput"},
     {
-        *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "toyweb", "examples"),
+        *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "pace", "toyweb", "examples"),
         *("truth", "testset", "quality", "tables", "demo"),
     },
     {"models"},
@@ -69,6 +69,7 @@ HEAVY = "import sys; sys.exit(', '.join(m for m in ('torch', 'ray', 'transformer
         "import capfilt.dataset, capfilt.plan, capfilt.receipts, capfilt.fragments, capfilt.images, capfilt.toyweb",
         "import capfilt.examples, capfilt.evaluate, capfilt.weights",
         "import capfilt.truth, capfilt.testset, capfilt.quality, capfilt.tables",
+        "import capfilt.pace, capfilt.pipelines.curate, capfilt.pipelines.redecide",
         "from typer.testing import CliRunner as R; from capfilt.cli import app; R().invoke(app, ['--help']).stdout[99]",
     ],
 )

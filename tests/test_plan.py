@@ -16,8 +16,9 @@ from stubs import load_hash
 from capfilt.dataset import Counts, Provenance, ShardState
 from capfilt.fingerprints import Fingerprints
 from capfilt.inputs import InputFile, list_inputs
+from capfilt.pace import Pace, costs
 from capfilt.pipelines.curate import Summary, curate, in_process
-from capfilt.plan import Plan, Why, make_plan
+from capfilt.plan import Plan, Stage, Why, make_plan
 from capfilt.spec import CurateSpec, Input
 
 NOW = Fingerprints("caption", "score", "decide")
@@ -91,6 +92,45 @@ def test_new_changed_done_and_gone_files_are_told_apart(make_spec: MakeSpec, tmp
     assert reasons(made) == [("b.parquet", Why.INPUT), ("e.parquet", Why.NEW)]
     assert made.done == (a, sorted(committed)[2])
     assert (made.gone, made.moved) == ((d,), 0)
+
+
+# --- what it costs ---
+
+
+PACES = {
+    Stage.CAPTION: ("third", Pace(rows=300, seconds=12.0, first_rows=100, first_seconds=10.0)),
+    Stage.DECIDE: ("second", Pace(rows=10_000, seconds=2.0)),
+}
+
+
+def test_rows_by_stage_and_what_they_take(make_spec: MakeSpec, tmp_path: Path) -> None:
+    for name in "abcdef":
+        put(tmp_path / "in" / f"{name}.parquet")
+    committed = curated(tmp_path / "in")
+    a, b, c, d, e = sorted(committed)[:5]
+    put(tmp_path / "in" / "f.parquet", 2 * b"no one reads it")
+    put(tmp_path / "in" / "g.parquet")
+    for shard, name in ((b, "decide"), (c, "decide"), (d, "score"), (e, "caption")):
+        was = replace(committed[shard].provenance, **{f"{name}_fingerprint": "another"})
+        committed[shard] = replace(committed[shard], provenance=was)
+    made = plan(make_spec, committed)
+    assert made.done == (a,)
+    decide, score, caption = costs(made, PACES)
+    assert (decide.stage, decide.shards, decide.rows, decide.exact) == (Stage.DECIDE, 2, 20, True)
+    assert (score.stage, score.shards, score.rows, score.rate) == (Stage.SCORE, 1, 10, None)
+    # e as it was, f of twice its size, and g that is new; ten rows in a file
+    assert (caption.stage, caption.shards, caption.rows, caption.exact) == (Stage.CAPTION, 3, 40, False)
+    assert [str(cost) for cost in (decide, score, caption)] == [
+        "restart at decide: 2 shards, 20 rows; about 0:00:01 once started, at 5,000.0 rows/s as in run second",
+        "restart at score: 1 shards, 10 rows; no run on record was at the score stage, to tell how long that takes",
+        "restart at caption: 3 shards, about 40 rows; about 0:00:01 once started, at 100.0 rows/s as in run third",
+    ]
+
+
+def test_rows_of_new_files_are_not_guessed_without_any_curated_one(make_spec: MakeSpec, tmp_path: Path) -> None:
+    put(tmp_path / "in" / "a.parquet")
+    (cost,) = costs(plan(make_spec, {}), PACES)
+    assert str(cost) == "restart at caption: 1 shards, rows not known yet; 100.0 rows/s in run third"
 
 
 # --- what only moved ---

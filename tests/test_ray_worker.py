@@ -19,8 +19,8 @@ from capfilt.fingerprints import run_fingerprints
 from capfilt.fragments import Fragment, read_footer
 from capfilt.inputs import list_inputs
 from capfilt.pipelines.curate import curate
-from capfilt.pipelines.ray_worker import Failure, RayWorker, start_attempts
-from capfilt.pipelines.worker import Job
+from capfilt.pipelines.job import Failure, Job
+from capfilt.pipelines.ray_worker import RayWorker, start_attempts
 from capfilt.schema import Reason
 from capfilt.spec import Columns, CurateSpec
 

@@ -21,7 +21,7 @@ from capfilt.decide import FilterScore, Text, as_stored, decide
 from capfilt.errors import CapfiltError, ErrorBudgetError, SpecError
 from capfilt.models.tiny import write_tiny_pair
 from capfilt.pipelines.curate import Summary, curate, in_process
-from capfilt.pipelines.worker import load_models
+from capfilt.pipelines.job import load_models
 from capfilt.schema import Source
 from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, LocalCheckpoint, Sampling, Thresholds
 from capfilt.text import clean

@@ -15,20 +15,22 @@ from collections import Counter
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
 
-from capfilt.dataset import Counts, CuratedDataset, ShardCommit, ShardState
-from capfilt.errors import CapfiltError, ConflictError, ErrorBudgetError, InputError
+from capfilt.dataset import Counts, CuratedDataset, ShardCommit, ShardFiles, ShardState
+from capfilt.errors import CapfiltError, ConflictError, DatasetError, ErrorBudgetError, InputError
 from capfilt.fingerprints import Fingerprints, run_fingerprints
 from capfilt.fragments import Footer, Fragment, Layout, cut, read_footer
 from capfilt.inputs import InputFile
+from capfilt.pace import Pace
+from capfilt.pipelines.job import Failure, Job, LoadModels, load_models
 from capfilt.pipelines.progress import Display
+from capfilt.pipelines.redecide import Redecision, redecide, redecisions
 from capfilt.pipelines.session import connected, interruptible, lacking, quiet, surroundings, uninterrupted
-from capfilt.pipelines.worker import Job, LoadModels, Worker, load_models
-from capfilt.plan import Plan, make_plan
+from capfilt.plan import Plan, Stage, make_plan, why_stale
 from capfilt.receipts import Receipt, adopt, discard, gaps, shard_commit, unfinished
 from capfilt.spec import CurateSpec
 from capfilt.throughput import Throughput
@@ -48,8 +50,11 @@ SICK_FILES = 1_000
 
 _FOOTER_THREADS = 16
 
-Execute = Callable[[Job, Iterator[Fragment], LoadModels], Generator[list[Receipt], None, None]]
-"""Runs fragments and yields their receipts as they finish, in any order."""
+Unit = Fragment | Redecision
+"""What a worker is given at a time: redecisions where shards restart at their decisions, else fragments."""
+
+Execute = Callable[[Job, Iterator[Any], LoadModels], Generator[list[Receipt], None, None]]
+"""Runs the units of one stage and yields their receipts as they finish, in any order."""
 
 
 @dataclass
@@ -59,6 +64,7 @@ class Summary:
     Attributes:
         counts: rows of the shards this run committed.
         reasons: rows by reason, and texts by source and reason, of those shards.
+        stages: what was done by the stage at which shards restarted, cheapest first.
         seconds: by stage, over all workers.
         busy, bottleneck: see capfilt.throughput; none where nothing met the models.
         failures: input files that could not be curated, each with what was wrong.
@@ -76,6 +82,7 @@ class Summary:
     adopted_rows: int = 0
     counts: Counts = field(default_factory=Counts)
     reasons: Counter[str] = field(default_factory=Counter)
+    stages: dict[Stage, Pace] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     busy: float | None = None
     bottleneck: str | None = None
@@ -113,9 +120,11 @@ def curate(
     fingerprints = run_fingerprints(spec)
     # Planned before anything is made: a mistyped input leaves nothing behind.
     plan = make_plan(spec, fingerprints, CuratedDataset.committed_in(spec.output, spec.output_options))
-    if plan.todo and load is load_models:
-        for card in spec.cards.values():
-            inspect(card)
+    if load is load_models:
+        for captioner in spec.captioners if plan.at(Stage.CAPTION) else ():
+            inspect(captioner)
+        for filter_ in spec.filters if plan.models else ():
+            inspect(filter_)
     dataset = CuratedDataset.for_writing(spec.output, spec.output_options)
     run = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
     summary = Summary(run, spec.output, fingerprints, skipped=len(plan.done), gone=len(plan.gone))
@@ -165,6 +174,7 @@ def _write_summary(dataset: CuratedDataset, summary: Summary) -> None:
 
 def _as_json(summary: Summary) -> dict[str, Any]:
     nested = {"counts": asdict(summary.counts), "fingerprints": asdict(summary.fingerprints)}
+    nested["stages"] = {stage: asdict(pace) for stage, pace in summary.stages.items()}
     return {**vars(summary), **nested, "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
 
 
@@ -177,28 +187,38 @@ class _Driver:
         self._ready: list[_Complete] = []
         self._held: list[_Complete] = []  # over the budget by themselves; committed if the run as a whole is not
         self._layouts: dict[str, tuple[InputFile, Layout]] = {}
+        self._before: dict[str, ShardFiles] = {}  # of shards that restart midway: what is committed
         self._paths = {file.shard: file.path for file, _ in plan.todo}
-        self._retry: list[Fragment] | None = []  # failed once; None when a failure is final
+        self._retry: list[Unit] | None = []  # failed once; None when a failure is final
         self._closed = dataset.closed_runs()
-        self._budget = _Budget(job.spec.max_error_fraction, dataset.committed(), plan, self._closed)
+        self._committed = dataset.committed()
+        self._budget = _Budget(job.spec.max_error_fraction, self._committed, plan, self._closed)
         self._throughput = Throughput(summary.seconds)
         self._last_commit = time.monotonic()
         self._commit_took = 0.0
 
     def run(self, execute: Execute, load: LoadModels) -> None:
         """Curate everything in the plan; on any error, first commit what is finished."""
-        self._round(execute, self._fragments(), load)
-        failed, self._retry = self._retry or [], None
-        if failed:  # most likely the store's passing trouble: once more, when all else is done
-            self._round(execute, iter(failed), load)
+        for stage in Stage:
+            if self.plan.at(stage):
+                self._restart_at(replace(self.job, stage=stage), execute, load)
         self._finish()
 
-    def _round(self, execute: Execute, fragments: Iterator[Fragment], load: LoadModels) -> None:
-        with closing(execute(self.job, fragments, load)) as finished:
+    def _restart_at(self, job: Job, execute: Execute, load: LoadModels) -> None:
+        begin, self._retry = time.monotonic(), []
+        self._round(job, execute, self._units(job), load, begin)
+        failed, self._retry = self._retry, None
+        if failed:  # most likely the store's passing trouble: once more, when all else is done
+            self._round(job, execute, iter(failed), load, begin)
+
+    def _round(self, job: Job, execute: Execute, units: Iterator[Unit], load: LoadModels, begin: float) -> None:
+        pace = self.summary.stages.setdefault(job.stage, Pace())
+        with closing(execute(job, units, load)) as finished:
             try:
                 for receipts in finished:
                     for receipt in receipts:
-                        self._take(receipt)
+                        if self._take(receipt):
+                            pace.add(receipt, time.monotonic() - begin)
                     self._commit_when_due()
                     self._stop_if_sick()
             except ConflictError:
@@ -209,13 +229,41 @@ class _Driver:
 
     # --- work ---
 
-    def _fragments(self) -> Iterator[Fragment]:
-        """Fragments of the plan, less what earlier runs finished, as footers are read."""
-        spec = self.job.spec
-        wanted = {file.shard: self.job.provenance(file.input_id) for file, _ in self.plan.todo}
+    def _units(self, job: Job) -> Iterator[Unit]:
+        """The work of the plan at a stage, less what earlier runs finished."""
+        spec, files = job.spec, self.plan.at(job.stage)
+        wanted = {file.shard: job.provenance(file.input_id) for file in files}
         adopted = adopt(spec.output, spec.output_options, wanted, self._closed)
+        if job.stage is Stage.CAPTION:
+            return self._fragments(files, adopted)
+        for file in files:  # the plan was made before the dataset was opened for writing
+            why = why_stale(file, job.fingerprints, self._committed.get(file.shard))
+            if why is None or why.stage is not job.stage:
+                raise ConflictError(
+                    f"{spec.output}: another run committed {file.shard} since this one began; run again"
+                )
+        self._before = self.dataset.files(list(wanted))
+        return self._redecisions(files, adopted) if job.stage is Stage.DECIDE else self._fragments(files, adopted)
+
+    def _redecisions(self, files: Iterable[InputFile], adopted: Mapping[str, list[Receipt]]) -> Iterator[Redecision]:
+        """Annotations files to judge again; of the inputs nothing is read here."""
+        for file in files:
+            try:
+                units = {(unit.start, unit.stop): unit for unit in redecisions(file, self._before[file.shard])}
+            except DatasetError as error:
+                self._fail(file.shard, str(error))
+                continue
+            self._budget.file_has(self._committed[file.shard].rows)
+            self.display.expect(self._budget.all_rows)
+            for receipt in adopted.get(file.shard, []):
+                if units.pop((receipt.start, receipt.stop), None):
+                    self._adopt(receipt)
+            yield from units.values()
+
+    def _fragments(self, files: Iterable[InputFile], adopted: Mapping[str, list[Receipt]]) -> Iterator[Fragment]:
+        """Fragments of files, as footers are read."""
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
-            for chunk in _chunks((file for file, _ in self.plan.todo), 4 * _FOOTER_THREADS):
+            for chunk in _chunks(files, 4 * _FOOTER_THREADS):
                 footers = dict(zip(chunk, pool.map(self._footer, chunk), strict=True))
                 for file, footer in footers.items():
                     if isinstance(footer, InputError):
@@ -239,30 +287,49 @@ class _Driver:
         if any(receipt.file_rows != footer.rows for receipt in adopted):
             adopted = []
         for receipt in adopted:
-            self.summary.adopted_rows += receipt.rows
-            self.display.adopt(receipt)
-            self._count(receipt)
+            self._adopt(receipt)
         ranges = gaps(adopted, footer.rows) if footer.rows or adopted else [(0, 0)]
         for start, stop in ranges:
             for a, b in cut(footer.row_groups, self.job.spec.fragment_rows, start, stop):
-                yield Fragment(file, footer.layout, a, b, footer.rows)
+                yield self._fragment(file.shard, a, b, footer.rows)
+
+    def _fragment(self, shard: str, start: int, stop: int, file_rows: int) -> Fragment:
+        """Rows of a file whose footer was read; where their captions stay, with the files that hold these."""
+        (file, layout), before = self._layouts[shard], self._before.get(shard, ShardFiles())
+        spans = {one.path: one.span or (0, file_rows) for one in before.annotations}
+        holding = tuple(path for path, (a, b) in spans.items() if a < stop and b > start)
+        return Fragment(file, layout, start, stop, file_rows, holding)
+
+    def _adopt(self, receipt: Receipt) -> None:
+        self.summary.adopted_rows += receipt.rows
+        self.display.adopt(receipt)
+        self._count(receipt)
 
     # --- receipts ---
 
-    def _take(self, receipt: Receipt) -> None:
+    def _take(self, receipt: Receipt) -> bool:
+        """Take what a worker hands back; whether its rows are finished."""
         if self._paths[receipt.shard] in self.summary.failures:  # another fragment of it failed: it is given up
-            return
+            return False
         if receipt.failure is not None:
-            file, layout = self._layouts[receipt.shard]
             if self._retry is None:
                 self._fail(receipt.shard, receipt.failure)
             else:
-                self._retry.append(Fragment(file, layout, receipt.start, receipt.stop, receipt.file_rows))
-            return
+                self._retry.append(self._again(receipt))
+            return False
         self._throughput.add(receipt.worker, receipt.seconds, receipt.on_models)
         self.summary.busy, self.summary.bottleneck = self._throughput.busy, self._throughput.bottleneck
         self.display.update(receipt)
         self._count(receipt)
+        return True
+
+    def _again(self, receipt: Receipt) -> Unit:
+        """The work that a receipt says failed."""
+        if receipt.shard in self._layouts:
+            return self._fragment(receipt.shard, receipt.start, receipt.stop, receipt.file_rows)
+        file = next(file for file in self.plan.at(Stage.DECIDE) if file.shard == receipt.shard)
+        units = redecisions(file, self._before[receipt.shard])
+        return next(unit for unit in units if unit.start == receipt.start)
 
     def _count(self, receipt: Receipt) -> None:
         """Add finished work, of this run or adopted, to its shard."""
@@ -420,22 +487,41 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 # --- how fragments run ---
 
 
-def in_process(job: Job, fragments: Iterator[Fragment], load: LoadModels) -> Generator[list[Receipt], None, None]:
-    """Run fragments in a plain loop, here."""
+def in_process(job: Job, units: Iterator[Any], load: LoadModels) -> Generator[list[Receipt], None, None]:
+    """Run units in a plain loop, here."""
+    if job.stage is Stage.DECIDE:
+        yield from ([redecide(job, unit)] for unit in units)
+        return
+    from capfilt.pipelines.worker import Worker  # torch loads where models do
+
     worker = Worker(job, load)
-    for fragment in fragments:
-        yield worker.process(fragment)
+    for unit in units:
+        yield worker.process(unit)
 
 
-def on_ray(job: Job, fragments: Iterator[Fragment], load: LoadModels) -> Generator[list[Receipt], None, None]:
-    """Run fragments on a Ray Data actor pool.
+def on_ray(job: Job, units: Iterator[Any], load: LoadModels) -> Generator[list[Receipt], None, None]:
+    """Run redecisions as Ray tasks, fragments on a Ray Data actor pool.
 
     Raises:
         CapfiltError: Ray cannot give one actor what the cards' placement asks for, or a worker raised.
     """
     with connected(job.spec.ray), interruptible():  # in this order: ray.init takes SIGTERM for itself
-        for window in _chunks(fragments, WINDOW):
+        if job.stage is Stage.DECIDE:
+            yield from _run_tasks(job, units)
+            return
+        for window in _chunks(units, WINDOW):
             yield from _run_window(job, window, load)
+
+
+def _run_tasks(job: Job, units: Iterator[Redecision]) -> Iterator[list[Receipt]]:
+    import ray.exceptions
+
+    from capfilt.pipelines.ray_tasks import run_tasks
+
+    try:
+        yield from run_tasks(job, units)
+    except ray.exceptions.RayError as error:
+        raise CapfiltError(f"Ray failed: {error}") from error
 
 
 def _check_capacity(spec: CurateSpec) -> None:
@@ -458,7 +544,7 @@ def _run_window(job: Job, window: list[Fragment], load: LoadModels) -> Iterator[
     import ray
     import ray.data
 
-    from capfilt.pipelines.ray_worker import Failure, RayWorker, start_attempts
+    from capfilt.pipelines.ray_worker import RayWorker, start_attempts
 
     _check_capacity(job.spec)
     placement = job.spec.placement

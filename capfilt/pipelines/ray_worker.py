@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import os
 import pickle
-import traceback
-from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import ray
 
-from capfilt.errors import CapfiltError
 from capfilt.fragments import Fragment
 from capfilt.pipelines.attempts import Attempts
-from capfilt.pipelines.worker import DeviceLostError, Job, LoadModels, Worker
+from capfilt.pipelines.job import Failure, Job, LoadModels
+from capfilt.pipelines.worker import DeviceLostError, Worker
 from capfilt.receipts import Receipt
 
 
@@ -56,18 +54,6 @@ class RemoteAttempts(Attempts):
         return answer
 
 
-@dataclass(frozen=True)
-class Failure:
-    """What went wrong in a worker that is no row's fault: the models do not load, the output cannot be written.
-
-    Attributes:
-        error: ends the run. The worker's own, where it is one of ours; else one that names the fragment, with the
-            worker's traceback as its note.
-    """
-
-    error: CapfiltError
-
-
 def start_attempts() -> Any:
     """Start a ledger actor; it takes no CPU and outlives the workers. Its handle."""
     return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote()
@@ -89,9 +75,6 @@ class RayWorker:
             # Nothing works in this process any more, or something in the fragment claims more memory than there is. It
             # dies as by a signal: Ray starts another, and the ledger of attempts finds the row, if it is a row's doing.
             os._exit(1)
-        except CapfiltError as error:  # says itself what is wrong
-            result = Failure(error)
         except Exception as error:  # noqa: BLE001 - the driver raises it
-            result = Failure(CapfiltError(f"a worker failed on {fragment.name}: {type(error).__name__}: {error}"))
-            result.error.add_note(traceback.format_exc())
+            result = Failure.of(error, fragment.name)
         return pa.table({"result": pa.array([pickle.dumps(result)], pa.binary())})

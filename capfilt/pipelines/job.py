@@ -1,0 +1,177 @@
+"""What workers are given: the run, the stage at which its shards restart, and how the models are made.
+
+It imports neither torch nor ray: a run that only decides again needs no torch.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from capfilt.dataset import Provenance
+from capfilt.errors import CapfiltError, SpecError
+from capfilt.fingerprints import Fingerprints
+from capfilt.inputs import InputFile
+from capfilt.plan import Stage
+from capfilt.receipts import Receipt
+from capfilt.spec import CaptionerCard, CurateSpec, FilterCard
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Captioner(Protocol):
+    """Writes captions. See capfilt.models.captioner.Captioner.
+
+    Attributes:
+        image_size: S.
+        batch_size: images that it takes at a time; more are no gain.
+    """
+
+    image_size: int
+
+    @property
+    def batch_size(self) -> int: ...
+
+    def caption(self, images_BCHW: torch.Tensor, sha256: Sequence[str]) -> list[list[str]]:
+        """For each image of uint8 [B, 3, S, S], its candidates in order."""
+        ...
+
+
+class Filter(Protocol):
+    """Scores texts. See capfilt.models.itm.ItmFilter.
+
+    Attributes:
+        image_size, batch_size: as a captioner's.
+    """
+
+    image_size: int
+
+    @property
+    def batch_size(self) -> int: ...
+
+    def score(
+        self, images_BCHW: torch.Tensor, texts: Sequence[Sequence[str]]
+    ) -> Sequence[Sequence[tuple[float, float | None]]]:
+        """For each image, for each of its texts, (P(match), cosine similarity if its card wants one)."""
+        ...
+
+
+Models = tuple[Sequence[Captioner], Sequence[Filter]]
+
+LoadModels = Callable[[CurateSpec, str], Models]
+"""Makes the models of a spec's cards, in their order, on a device ("cpu", "cuda"); called once in each worker.
+
+Where captions stay, the spec has no captioner."""
+
+
+def load_models(spec: CurateSpec, device: str) -> Models:
+    """Load the captioners and filters that the spec's cards name.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be found, trusted or loaded.
+        SpecError: a card or the sampling asks for more than its checkpoint can do; names the card.
+    """
+    from capfilt.models.captioner import Captioner as BlipCaptioner  # transformers loads where models do
+    from capfilt.models.itm import ItmFilter
+
+    captioners, filters = [], []
+    for captioner in spec.captioners:
+        with _named(captioner):
+            captioners.append(BlipCaptioner(captioner, spec.sampling, device))
+    for filter_ in spec.filters:
+        with _named(filter_):
+            filters.append(ItmFilter(filter_, device))
+    return captioners, filters
+
+
+@contextmanager
+def _named(card: CaptionerCard | FilterCard) -> Iterator[None]:
+    """The network knows neither the card's name nor its place in the spec."""
+    try:
+        yield
+    except SpecError as error:
+        raise SpecError(f"{card.role} {card.name}: {error}") from error
+
+
+class Work(Protocol):
+    """Rows [start, stop) of an input file of `file_rows` rows; `name` is unique within a run."""
+
+    @property
+    def file(self) -> InputFile: ...
+    @property
+    def start(self) -> int: ...
+    @property
+    def stop(self) -> int: ...
+    @property
+    def file_rows(self) -> int: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def name(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker of a run is given.
+
+    Attributes:
+        stage: at which the job's shards restart.
+    """
+
+    spec: CurateSpec
+    fingerprints: Fingerprints
+    run: str
+    stage: Stage = Stage.CAPTION
+
+    @property
+    def models(self) -> CurateSpec:
+        """The spec with the cards of the models that this stage needs: no captioner where captions stay."""
+        return self.spec if self.stage is Stage.CAPTION else self.spec.model_copy(update={"captioners": ()})
+
+    def provenance(self, input_id: str) -> Provenance:
+        """Of rows this run makes from an input file."""
+        fp = self.fingerprints
+        return Provenance(
+            input_id=input_id,
+            caption_fingerprint=fp.caption,
+            score_fingerprint=fp.score,
+            decide_fingerprint=fp.decide,
+            run=self.run,
+        )
+
+    def failed(self, work: Work, why: str) -> Receipt:
+        """That the input, or what an earlier run made of it, cannot be read just now."""
+        return Receipt(
+            shard=work.file.shard,
+            start=work.start,
+            stop=work.stop,
+            file_rows=work.file_rows,
+            provenance=self.provenance(work.file.input_id),
+            stage=self.stage,
+            failure=why,
+        )
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong in a worker that is no row's fault: the models do not load, the output cannot be written.
+
+    Attributes:
+        error: ends the run. The worker's own, where it is one of ours; else one that names the fragment, with the
+            worker's traceback as its note.
+    """
+
+    error: CapfiltError
+
+    @classmethod
+    def of(cls, error: Exception, name: str) -> Failure:
+        """Of what a worker raised on the fragment of this name; called while it is handled."""
+        if isinstance(error, CapfiltError):  # says itself what is wrong
+            return cls(error)
+        failure = cls(CapfiltError(f"a worker failed on {name}: {type(error).__name__}: {error}"))
+        failure.error.add_note(traceback.format_exc())
+        return failure

@@ -1,0 +1,265 @@
+"""Decisions made anew from the scores on record: a new threshold or rule. It imports neither torch nor ray.
+
+The unit is a committed annotations file. Its rows are judged again by capfilt.decide and written to a new one. Where
+the same texts are kept as before, the pairs file stays as it is and no image is read; else a new one is written: bytes
+of rows that were kept come from the old one, of those newly kept from the input, whose other row groups are not read.
+Rows in error, and those without an image, are as they were; so is the quarantine.
+"""
+
+from __future__ import annotations
+
+import bisect
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from capfilt.dataset import DataFile, ShardFiles
+from capfilt.decide import Text, decide, row_outcome
+from capfilt.errors import DatasetError, InputError
+from capfilt.fragments import Fragment, read_footer, read_rows
+from capfilt.inputs import InputFile, Opened, one_line
+from capfilt.pipelines.earlier import read_annotations, table_url, texts_of
+from capfilt.pipelines.job import Job
+from capfilt.pipelines.output import Output
+from capfilt.receipts import Receipt
+from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE, TEXT_STRUCT, Reason, Status
+
+_ROWS = 4096
+"""Rows judged at a time; bounds memory."""
+
+_ABOUT = ["row", "key", "url", "format", "width", "height", "image_sha256"]
+
+
+@dataclass(frozen=True, slots=True)
+class Redecision:
+    """Rows [start, stop) of a committed shard, those of one annotations file, to judge again.
+
+    Attributes:
+        file: the input that they are rows of.
+        pairs, quarantine: the committed files of the same rows; none where no row is kept, or unusable.
+    """
+
+    file: InputFile
+    start: int
+    stop: int
+    file_rows: int
+    annotations: DataFile
+    pairs: DataFile | None = None
+    quarantine: DataFile | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many they are."""
+        return self.stop - self.start
+
+    @property
+    def name(self) -> str:
+        """Unique within a run."""
+        return f"{self.file.shard}/{self.start:09d}-{self.stop:09d}"
+
+
+def redecisions(file: InputFile, files: ShardFiles) -> list[Redecision]:
+    """A committed shard, to judge again file by file.
+
+    Raises:
+        DatasetError: its pairs are not in files of the same rows as its annotations.
+    """
+    rows = sum(one.rows for one in files.annotations)
+    pairs, quarantine = ({one.span: one for one in of} for of in (files.pairs, files.quarantine))
+    work = [
+        Redecision(file, *one.span, rows, one, pairs.pop(one.span, None), quarantine.pop(one.span, None))
+        for one in files.annotations
+        if one.span
+    ]
+    unlike = any(one.annotations.kept != (one.pairs.rows if one.pairs else 0) for one in work)
+    if len(work) < len(files.annotations) or pairs or quarantine or unlike:
+        raise DatasetError(
+            f"shard {file.shard}: its pairs or quarantine are not in files of the same rows as its annotations: "
+            f"another tool rewrote them. Touch {file.path} to curate it anew"
+        )
+    return work
+
+
+def redecide(job: Job, work: Redecision) -> Receipt:
+    """Judge the rows of one annotations file again.
+
+    Returns:
+        The stored receipt; one with `failure` where something cannot be read just now.
+
+    Raises:
+        OSError: the output cannot be written.
+    """
+    seconds: dict[str, float] = defaultdict(float)
+    try:
+        begin = time.perf_counter()
+        table = read_annotations(job, work.annotations.path)
+        seconds["read"] += time.perf_counter() - begin
+        with Output(job, work) as out:
+            judged, same = [], True
+            for start in range(0, table.num_rows, _ROWS):
+                begin = time.perf_counter()
+                part, unchanged = _judge(job, work, out, table.slice(start, _ROWS))
+                seconds["decide"] += time.perf_counter() - begin
+                begin = time.perf_counter()
+                out.writer(ANNOTATIONS).write(part)
+                seconds["write"] += time.perf_counter() - begin
+                judged.append(part)
+                same = same and unchanged
+            begin = time.perf_counter()
+            if not same:
+                _write_pairs(job, work, out, pa.concat_tables(judged), table["status"])
+            elif work.pairs:
+                out.stays(PAIRS, work.pairs)
+            if work.quarantine:
+                out.stays(QUARANTINE, work.quarantine)
+            seconds["pairs"] += time.perf_counter() - begin
+            return out.finish(seconds)
+    except InputError as error:
+        return job.failed(work, str(error))
+
+
+# --- verdicts ---
+
+
+def _judge(job: Job, work: Redecision, out: Output, table: pa.Table) -> tuple[pa.Table, bool]:
+    """The rows with new verdicts, counted; and whether the same texts are kept as before."""
+    spec, thresholds = job.spec, job.spec.effective_thresholds
+    old = table["texts"].combine_chunks()
+    flat = old.flatten()
+    was_kept = pc.struct_field(flat, "kept").to_pylist()
+    was_because = pc.struct_field(flat, "reason").to_pylist()
+    statuses, reasons = table["status"].to_pylist(), table["reason"].to_pylist()
+    kept: list[bool] = []
+    because: list[str | None] = []
+    for n, texts in enumerate(texts_of(table["texts"])):
+        if statuses[n] == Status.ERROR or reasons[n] == Reason.NO_IMAGE:  # never met a model
+            own = slice(len(kept), len(kept) + len(texts))
+            kept += was_kept[own]
+            because += was_because[own]
+        else:
+            try:
+                verdicts = decide(texts, thresholds, spec.decision, spec.keep)
+            except ValueError as error:
+                where = f"{table_url(job, ANNOTATIONS, work.annotations.path)}: row {table['row'][n]}"
+                raise InputError(
+                    f"{where} cannot be judged: {error}. Touch {work.file.path} to curate it anew"
+                ) from error
+            kept += [text.kept for text in verdicts]
+            because += [text.reason for text in verdicts]
+            statuses[n], reasons[n] = row_outcome(verdicts)
+        why = because[len(because) - len(texts) :]
+        out.count(Status(statuses[n]), reasons[n], zip([text.source for text in texts], why, strict=True))
+    table = table.set_column(table.schema.names.index("texts"), "texts", _with_verdicts(old, kept, because))
+    for name, values in (("status", statuses), ("reason", reasons)):
+        table = table.set_column(table.schema.names.index(name), name, pa.array(values, pa.string()))
+    return table, kept == was_kept
+
+
+def _with_verdicts(rows: pa.ListArray, kept: Sequence[bool], because: Sequence[str | None]) -> pa.ListArray:
+    """A `texts` column with other verdicts."""
+    flat = rows.flatten()
+    new = {"kept": pa.array(kept, pa.bool_()), "reason": pa.array(because, pa.string())}
+    fields = [
+        new[own.name] if own.name in new else pc.struct_field(flat, own.name).cast(own.type) for own in TEXT_STRUCT
+    ]
+    texts = pa.StructArray.from_arrays(fields, fields=list(TEXT_STRUCT))
+    offsets = pc.cumulative_sum(pa.concat_arrays([pa.array([0], pa.int32()), pc.list_value_length(rows)]))
+    return pa.ListArray.from_arrays(offsets, texts)
+
+
+# --- pairs ---
+
+
+def _write_pairs(job: Job, work: Redecision, out: Output, table: pa.Table, was: pa.ChunkedArray) -> None:
+    """Write the pairs of the rows that are kept; `was` is their status before."""
+    now, before = (pc.equal(status, Status.KEPT) for status in (table["status"], was))
+    new = table.filter(pc.and_(now, pc.invert(before)))
+    wanted = dict(zip(new["row"].to_pylist(), new["image_sha256"].to_pylist(), strict=True))
+    fresh, old = _input_images(job, work, wanted), _pair_images(job, work)
+    for start in range(0, table.num_rows, _ROWS):
+        part = table.slice(start, _ROWS)
+        part = part.filter(pc.equal(part["status"], Status.KEPT))
+        for about, texts in zip(part.select(_ABOUT).to_pylist(), _judged(part["texts"]), strict=True):
+            row = about["row"]
+            image = next(fresh) if row in wanted else _image_of(row, old, job, work)
+            out.append_pair(about, texts, image)
+    out.images, out.copied = len(wanted), out.counts[Status.KEPT] - len(wanted)
+
+
+def _judged(column: pa.ChunkedArray) -> Iterator[list[Text]]:
+    """The texts of each row with their verdicts."""
+    flat = column.combine_chunks().flatten()
+    verdicts = zip(*(pc.struct_field(flat, name).to_pylist() for name in ("kept", "reason")), strict=True)
+    for texts in texts_of(column):
+        yield [
+            Text(
+                text.source,
+                text.candidate,
+                text.text,
+                text.clean,
+                text.captioner,
+                text.scores,
+                kept,
+                None if reason is None else Reason(reason),
+            )
+            for text, (kept, reason) in zip(texts, verdicts, strict=False)
+        ]
+
+
+def _image_of(row: int, pairs: Iterator[tuple[int, bytes]], job: Job, work: Redecision) -> bytes:
+    """The bytes of a row that was kept; `pairs` is read on to it."""
+    for number, image in pairs:
+        if number == row:
+            return image
+    where = table_url(job, PAIRS, work.pairs.path) if work.pairs else work.name
+    raise InputError(f"{where}: row {row} is kept and is not there. Touch {work.file.path} to curate it anew")
+
+
+def _pair_images(job: Job, work: Redecision) -> Iterator[tuple[int, bytes]]:
+    """(row, bytes) of the committed pairs, in order."""
+    if work.pairs is None:
+        return
+    opened = Opened(table_url(job, PAIRS, work.pairs.path), job.spec.output_options)
+    try:
+        with opened as parquet:
+            for batch in parquet.iter_batches(64, columns=["row", "image"], use_threads=False):
+                yield from zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # every store raises its own kinds
+        raise InputError(f"{opened.path}: cannot be read: {one_line(opened.failed or error)}") from error
+
+
+def _input_images(job: Job, work: Redecision, wanted: dict[int, str]) -> Iterator[bytes]:
+    """The input's bytes of the wanted rows, in order; of the row groups that hold them, up to the last one each.
+
+    Args:
+        wanted: by row, in order, what the image's sha256 was.
+
+    Raises:
+        InputError: the input cannot be read, or holds something else than what was scored.
+    """
+    source, rows, begin = job.spec.input, list(wanted), 0
+    if not rows:
+        return
+    footer = read_footer(work.file, source.columns, source.storage_options)
+    for size in footer.row_groups:
+        mine = rows[bisect.bisect_left(rows, begin) : bisect.bisect_left(rows, begin + size)]
+        begin += size
+        if not mine:
+            continue
+        part = Fragment(work.file, footer.layout, mine[0], mine[-1] + 1, footer.rows)
+        for row in read_rows(part, source.storage_options):
+            if row.row not in wanted:
+                continue
+            if row.image is None or hashlib.sha256(row.image).hexdigest() != wanted[row.row]:
+                what = "cannot be read" if not row.readable else "is not the image that was scored"
+                raise InputError(f"{work.file.path}: row {row.row} {what}{f': {row.note}' if row.note else ''}")
+            yield row.image
+    if rows[-1] >= begin:
+        raise InputError(f"{work.file.path}: ends at row {begin}, and row {rows[-1]} was scored; run again")
