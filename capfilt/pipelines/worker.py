@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,7 +31,7 @@ from pydantic import TypeAdapter
 
 from capfilt.dataset import DIRECTORIES, Counts, DataFile, Provenance
 from capfilt.decide import FilterScore, Text, as_stored, best_text, decide, row_outcome
-from capfilt.errors import CapfiltError, CheckpointError, ImageError, InputError, SpecError
+from capfilt.errors import CapfiltError, CheckpointError, ImageError, InputError, SpecError, StoreError
 from capfilt.fingerprints import Fingerprints, run_fingerprints
 from capfilt.fragments import Fragment, Row, read_rows
 from capfilt.images import decode
@@ -40,6 +41,7 @@ from capfilt.pipelines.attempts import Attempts
 from capfilt.receipts import Receipt, store
 from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE, SHARD, Reason, Source, Status
 from capfilt.spec import CaptionerCard, CurateSpec, FilterCard
+from capfilt.stores import persist
 from capfilt.text import clean
 from capfilt.writer import ParquetWriter
 
@@ -261,7 +263,7 @@ class Worker:
         if died < patience:
             with self._turns.turn(alone=died > 0 or fragment.name != whole):
                 self.attempts.begin(fragment.name)
-                receipts = [self.curate(fragment)]
+                receipts = [persist(partial(self.curate, fragment), of=StoreError)]  # half a file cannot be sent on
         elif fragment.rows <= 1 or self.attempts.lost(whole) >= LOST_ROWS_LIMIT:
             receipts = [self._bury(fragment)]
             self.attempts.lose(whole, fragment.rows)
@@ -338,7 +340,7 @@ class Worker:
             The stored receipt; one with `failure` where the input cannot be read just now.
 
         Raises:
-            OSError: the output cannot be written.
+            StoreError: the output cannot be written.
         """
         self.models()
         seconds: dict[str, float] = defaultdict(float)
