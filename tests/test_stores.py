@@ -16,7 +16,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from fsspec.exceptions import FSTimeoutError
 from s3fs.errors import translate_boto_error
 
-from capfilt.errors import DatasetError, StoreError
+from capfilt.errors import CapfiltError, DatasetError, StoreError
 from capfilt.stores import REQUESTS, blamed, connect, delta_options, persist, transient
 
 
@@ -98,7 +98,8 @@ PASSES: list[tuple[Exception, bool]] = [
 @pytest.mark.parametrize(("error", "passes"), PASSES, ids=lambda value: f"{value!r:.60}")
 def test_what_passes(error: Exception, passes: bool) -> None:
     assert transient(error) is passes
-    with pytest.raises(Exception, match="") as caught, blamed("s3://b/x: cannot be written"):
+    kind = type(error) if isinstance(error, (CapfiltError, MemoryError)) else StoreError
+    with pytest.raises(kind) as caught, blamed("s3://b/x: cannot be written"):
         raise error
     assert transient(caught.value) is passes
 
@@ -141,10 +142,10 @@ def test_blame_names_the_place_the_cause_and_the_next_step() -> None:
     with pytest.raises(StoreError) as caught, blamed("s3://b/x.json: cannot be written"):
         raise OSError("Generic S3 error\n   \x1b[31m↳\x1b[0m Error performing PUT")
     assert str(caught.value) == (
-        "s3://b/x.json: cannot be written: OSError: Generic S3 error Error performing PUT. What is committed stays; mend "
-        "the cause, if it does not pass, and run again to resume"
+        "s3://b/x.json: cannot be written: OSError: Generic S3 error Error performing PUT. What is committed stays; "
+        "mend the cause, if it does not pass, and run again to resume"
     )
-    with pytest.raises(DatasetError, match="^as it is$"), blamed("x"):
+    with pytest.raises(DatasetError, match="as it is"), blamed("x"):
         raise DatasetError("as it is")
 
 
