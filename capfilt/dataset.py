@@ -30,17 +30,16 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import time
+import uuid
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Self
 
-import fsspec.core
 import pyarrow as pa
 import pyarrow.compute as pc
 from deltalake import CommitProperties, DeltaTable, Schema, Transaction
@@ -50,6 +49,7 @@ from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from capfilt.errors import ConflictError, DatasetError
 from capfilt.schema import ANNOTATIONS, PAIRS, PROVENANCE, QUARANTINE, SHARD, table_schema
+from capfilt.stores import blamed, connect, delta_options, one_line, persist, refuses_to_overwrite, transient
 
 DIRECTORIES = {ANNOTATIONS: "annotations", PAIRS: "pairs", QUARANTINE: "_runs/quarantine"}
 """Where each table lies under the output."""
@@ -209,7 +209,7 @@ class CuratedDataset:
         """Touches nothing; use :meth:`for_reading` or :meth:`for_writing`."""
         self.output = output.rstrip("/")
         self._options = dict(options)
-        self._delta_options = _delta_options(output, options)
+        self._delta_options = delta_options(output, options)
         self._tables: dict[str, DeltaTable] = {}
         self._transaction: int | None = None  # the number this writer builds on; None for a reader
 
@@ -234,11 +234,18 @@ class CuratedDataset:
         """Create what is missing, open, and finish what a dead driver left half done.
 
         Raises:
-            DatasetError: the tables are not capfilt's, or do not belong together.
+            DatasetError: the tables are not capfilt's, or do not belong together; or the store cannot keep one driver
+                from overwriting another's commit.
+            StoreError: the store refuses, or keeps failing.
         """
         dataset = cls(output, options)
         # Annotations last, here and below: where they exist the others do, and the others are never seen ahead of them.
         if not dataset._exists():
+            if not refuses_to_overwrite(dataset.output, options):
+                raise DatasetError(
+                    f"{output}: its store overwrites even when asked not to (it does not know If-None-Match), so that "
+                    "two runs would take each other's commits away; use a newer version of it, or another store"
+                )
             for table in (*_FOLLOWERS, ANNOTATIONS):
                 dataset._create(table)
         for table in (*_FOLLOWERS, ANNOTATIONS):
@@ -263,8 +270,7 @@ class CuratedDataset:
 
     def write_run_file(self, run: str, name: str, record: Mapping[str, Any]) -> None:
         """Write `_runs/<run>/<name>` as JSON."""
-        fs, root = self._filesystem()
-        fs.pipe_file(f"{root}/_runs/{run}/{name}", json.dumps(record, indent=2).encode())
+        self._put(f"_runs/{run}/{name}", json.dumps(record, indent=2).encode())
 
     def closed_runs(self) -> set[str]:
         """Runs whose uncommitted files no one may commit any more: vacuum may have deleted them."""
@@ -343,14 +349,13 @@ class CuratedDataset:
             self._recover(transaction)  # a store's error came between the stages of this driver's own last commit
         intent = {
             "transaction": transaction + 1,
+            "id": uuid.uuid4().hex,
             "shards": names,
             PAIRS: [(file.path, file.rows, file.size) for shard in shards for file in shard.pairs],
             QUARANTINE: [(file.path, file.rows, file.size) for shard in shards for file in shard.quarantine],
         }
-        try:
-            self._write(ANNOTATIONS, intent, [add for shard in shards for add in _annotation_adds(shard)])
-        except CommitFailedError as error:
-            raise self._conflict() from error
+        if not self._write(ANNOTATIONS, intent, [add for shard in shards for add in _annotation_adds(shard)]):
+            raise self._conflict()
         self._transaction = transaction + 1
         version = self._tables[ANNOTATIONS].version()
         for table in _FOLLOWERS:
@@ -374,10 +379,9 @@ class CuratedDataset:
             ConflictError: another driver committed since this one opened. Nothing was deleted.
         """
         self._writable()
-        fs, root = self._filesystem()
         runs = self._names("_runs") - _RESERVED
         for run in sorted(runs - self.closed_runs()):
-            fs.pipe_file(f"{root}/_runs/{_CLOSED}/{run}", b"")
+            self._put(f"_runs/{_CLOSED}/{run}", b"")
         self.commit([])
         doomed = []
         for table, delta in self._tables.items():
@@ -385,13 +389,8 @@ class CuratedDataset:
             files = {path for path in _vacuumable(delta, 0, full=True) - replaced if _run_of(path) in runs}
             if retain_hours is not None:
                 files |= _vacuumable(delta, math.ceil(retain_hours), full=False)
-            doomed += [f"{root}/{DIRECTORIES[table]}/{path}" for path in files]
-        deleted = 0
-        for path in doomed:
-            with suppress(FileNotFoundError):  # gone since an earlier vacuum, which the log need not tell
-                fs.rm_file(path)
-                deleted += 1
-        return deleted
+            doomed += [f"{DIRECTORIES[table]}/{path}" for path in files]
+        return sum(self._delete(path) for path in doomed)
 
     # --- reading ---
 
@@ -407,7 +406,7 @@ class CuratedDataset:
                 datetime.fromtimestamp(entry["timestamp"] / 1000, UTC),
                 len(entry.get(_APP, {}).get("shards", ())),
             )
-            for entry in self._connect(ANNOTATIONS).history(limit)  # an older object would number them wrongly
+            for entry in persist(partial(self._connect(ANNOTATIONS).history, limit))  # an older object misnumbers them
         ]
 
     def annotations(self, version: int | None = None) -> Any:
@@ -451,12 +450,12 @@ class CuratedDataset:
 
     def _exists(self) -> bool:
         try:
-            return DeltaTable.is_deltatable(self._uri(ANNOTATIONS), self._delta_options)
+            return persist(lambda: DeltaTable.is_deltatable(self._uri(ANNOTATIONS), self._delta_options))
         except (DeltaError, OSError) as error:
-            raise DatasetError(f"{self.output}: cannot be looked at: {_one_line(error)}") from error
+            raise DatasetError(f"{self.output}: cannot be looked at: {one_line(error)}") from error
 
     def _connect(self, table: str, version: int | None = None) -> DeltaTable:
-        return DeltaTable(self._uri(table), version=version, storage_options=self._delta_options)
+        return persist(lambda: DeltaTable(self._uri(table), version=version, storage_options=self._delta_options))
 
     def _load(self, table: str) -> None:
         """Take up a table's newest version, if it is one of ours."""
@@ -466,9 +465,9 @@ class CuratedDataset:
             hint = "`capfilt run` with this output makes one"
             if table != ANNOTATIONS and self._exists():
                 hint = "the Delta table in annotations/ is another's, or this one was removed; give another output"
-            raise DatasetError(f"{self._uri(table)}: no curated dataset there; {hint} ({_one_line(error)})") from error
+            raise DatasetError(f"{self._uri(table)}: no curated dataset there; {hint} ({one_line(error)})") from error
         except (DeltaError, OSError) as error:
-            raise DatasetError(f"{self._uri(table)}: cannot be opened: {_one_line(error)}") from error
+            raise DatasetError(f"{self._uri(table)}: cannot be opened: {one_line(error)}") from error
         if delta.schema() != _schema(table) or delta.metadata().partition_columns != [SHARD]:
             raise self._not_this(table, delta)
         self._tables[table] = delta
@@ -490,46 +489,69 @@ class CuratedDataset:
         configuration = {"delta.logRetentionDuration": _FOREVER, "delta.deletedFileRetentionDuration": _FOREVER}
         if table == ANNOTATIONS:
             configuration["delta.dataSkippingStatsColumns"] = ",".join(("reason", "detail", *PROVENANCE))
+        create = partial(
+            DeltaTable.create,
+            self._uri(table),
+            _schema(table),
+            mode="ignore",  # also what this driver has made without hearing of it
+            partition_by=[SHARD],
+            name=table,
+            description="written by capfilt; see the dataset's run records in _runs/",
+            configuration=configuration,
+            storage_options=self._delta_options,
+            commit_properties=CommitProperties(app_transactions=[Transaction(_APP, 0)]),
+        )
         try:
-            DeltaTable.create(
-                self._uri(table),
-                _schema(table),
-                mode="ignore",
-                partition_by=[SHARD],
-                name=table,
-                description="written by capfilt; see the dataset's run records in _runs/",
-                configuration=configuration,
-                storage_options=self._delta_options,
-                commit_properties=CommitProperties(app_transactions=[Transaction(_APP, 0)]),
-            )
+            persist(create)
         except CommitFailedError:
             pass  # made between the look and the commit; whose it is shows when it is loaded
         except (DeltaError, OSError) as error:
-            raise DatasetError(f"{self._uri(table)}: cannot be created: {_one_line(error)}") from error
+            raise DatasetError(f"{self._uri(table)}: cannot be created: {one_line(error)}") from error
 
     def _number(self, table: str) -> int:
         """The transaction number of a table as loaded."""
         return self._tables[table].transaction_version(_APP) or 0
 
-    def _write(self, table: str, intent: Mapping[str, Any], adds: Sequence[AddAction]) -> None:
-        """Commit an intent to one table: of its shards, what is not among `adds` goes, and what is there stays.
+    def _write(self, table: str, intent: Mapping[str, Any], adds: Sequence[AddAction]) -> bool:
+        """Commit an intent to one table, once: of its shards, what is not among `adds` goes, and what is there stays.
 
-        Raises CommitFailedError if a driver committed since the table was loaded.
+        An answer that got lost, or that says no, does not tell whether the commit is in the log: the store may have
+        taken it and not said so, and deltalake, trying again, have found its own entry in its way. The log tells.
+
+        Returns:
+            Whether it is there; False if another driver committed since the table was loaded.
+
+        Raises:
+            StoreError: the store keeps failing; the commit may be there, whole, or not at all.
         """
-        delta = self._tables[table]
-        held = _actions(delta, intent["shards"])
-        there, wanted = set(held["path"].to_pylist()), {add.path for add in adds}
-        delta.create_write_transaction(
-            [*(add for add in adds if add.path not in there), *_removes(held, wanted)],
-            "append",  # with removes; deltalake's overwrite by filter takes four times as long, even of nothing
-            _schema(table),
-            [SHARD],
-            commit_properties=CommitProperties(
-                custom_metadata={_APP: intent} if table == ANNOTATIONS else None,
-                app_transactions=[Transaction(_APP, intent["transaction"])],
-            ),
-        )
-        delta.update_incremental()
+
+        def commit() -> bool:
+            delta = self._tables[table]
+            held = _actions(delta, intent["shards"])
+            there, wanted = set(held["path"].to_pylist()), {add.path for add in adds}
+            try:
+                delta.create_write_transaction(
+                    [*(add for add in adds if add.path not in there), *_removes(held, wanted)],
+                    "append",  # with removes; deltalake's overwrite by filter takes four times as long, even of nothing
+                    _schema(table),
+                    [SHARD],
+                    commit_properties=CommitProperties(
+                        custom_metadata={_APP: intent} if table == ANNOTATIONS else None,
+                        app_transactions=[Transaction(_APP, intent["transaction"])],
+                    ),
+                )
+                delta.update_incremental()
+                return True
+            except (DeltaError, OSError) as error:
+                self._load(table)
+                if self._number(table) >= intent["transaction"]:
+                    return table != ANNOTATIONS or self._intent(intent["transaction"]).get("id") == intent["id"]
+                if isinstance(error, CommitFailedError) and not transient(error):
+                    return False
+                raise
+
+        with blamed(f"{self._uri(table)}: cannot be committed to"):
+            return persist(commit)
 
     # --- all tables ---
 
@@ -540,11 +562,9 @@ class CuratedDataset:
                 return
             if self._number(table) < intent["transaction"] - 1:
                 raise self._torn(table, intent["transaction"])
-            try:
-                self._write(table, intent, [_add(path, size, rows) for path, rows, size in intent[table]])
+            if self._write(table, intent, [_add(path, size, rows) for path, rows, size in intent[table]]):
                 return
-            except CommitFailedError:  # someone finished it for us, or maintained the table: look again
-                self._load(table)
+            self._load(table)  # someone maintained the table: look again
         raise self._conflict()
 
     def _recover(self, transaction: int) -> None:
@@ -558,7 +578,7 @@ class CuratedDataset:
 
     def _intent(self, transaction: int) -> Mapping[str, Any]:
         for limit in (1, 30, 1000):  # the newest entry, unless another tool has maintained the table since
-            for entry in self._tables[ANNOTATIONS].history(limit):
+            for entry in persist(partial(self._tables[ANNOTATIONS].history, limit)):
                 intent: Mapping[str, Any] = entry.get(_APP, {})
                 if intent.get("transaction") == transaction:
                     return intent
@@ -596,27 +616,41 @@ class CuratedDataset:
         except (DeltaError, OSError) as error:
             newest = self._connect(table).version()
             raise DatasetError(
-                f"{self._uri(table)}: no version {version} to read; the newest is {newest} ({_one_line(error)})"
+                f"{self._uri(table)}: no version {version} to read; the newest is {newest} ({one_line(error)})"
             ) from error
 
     def _filesystem(self) -> tuple[Any, str]:
-        local = {} if "://" in self.output else {"auto_mkdir": True}
-        fs, root = fsspec.core.url_to_fs(self.output, **local, **self._options)
-        return fs, root
+        return connect(self.output, self._options, auto_mkdir=True)
+
+    def _put(self, path: str, data: bytes) -> None:
+        """Write a small file under the output."""
+        fs, root = self._filesystem()
+        with blamed(f"{self.output}/{path}: cannot be written"):
+            persist(lambda: fs.pipe_file(f"{root}/{path}", data))
+
+    def _delete(self, path: str) -> bool:
+        """Delete a file under the output; False if it was gone, as by a vacuum, which no log need tell."""
+        fs, root = self._filesystem()
+        with blamed(f"{self.output}/{path}: cannot be deleted"):
+            try:
+                persist(lambda: fs.rm_file(f"{root}/{path}"))
+            except FileNotFoundError:
+                return False
+        return True
 
     def _names(self, folder: str) -> set[str]:
         """Names in a folder under the output, as they are now; none if it does not exist."""
         fs, root = self._filesystem()
-        fs.invalidate_cache()
-        try:
-            return {path.rstrip("/").rpartition("/")[2] for path in fs.ls(f"{root}/{folder}", detail=False)}
-        except FileNotFoundError:
-            return set()
 
+        def names() -> set[str]:
+            fs.invalidate_cache()
+            try:
+                return {path.rstrip("/").rpartition("/")[2] for path in fs.ls(f"{root}/{folder}", detail=False)}
+            except FileNotFoundError:
+                return set()
 
-def _one_line(error: Exception) -> str:
-    """deltalake's message without its colours and line breaks."""
-    return " ".join(re.sub(r"\x1b\[[0-9;]*m|↳", "", str(error)).split())
+        with blamed(f"{self.output}/{folder}: cannot be listed"):
+            return persist(names)
 
 
 def _schema(table: str) -> Schema:
@@ -670,32 +704,4 @@ def _removes(held: pa.Table, wanted: Container[str]) -> list[RemoveAction]:
 
 def _vacuumable(delta: DeltaTable, hours: int, *, full: bool) -> set[str]:
     """Files replaced `hours` ago or earlier and, if full, those in the directory that no version names."""
-    return set(delta.vacuum(hours, dry_run=True, enforce_retention_duration=False, full=full))
-
-
-def _delta_options(output: str, options: Mapping[str, Any]) -> dict[str, str]:
-    """deltalake's names for fsspec's storage options; secrets come from the environment, which both read.
-
-    Raises:
-        DatasetError: naming an option that has no counterpart.
-    """
-    names = {
-        "endpoint_url": "AWS_ENDPOINT_URL",
-        "region": "AWS_REGION",
-        "region_name": "AWS_REGION",
-        "allow_http": "AWS_ALLOW_HTTP",
-        "anon": "AWS_SKIP_SIGNATURE",
-        "account_name": "AZURE_STORAGE_ACCOUNT_NAME",
-    }
-    mapped = {}
-    for name, value in {**options, **options.get("client_kwargs", {})}.items():
-        if name in names:
-            mapped[names[name]] = str(value).lower() if isinstance(value, bool) else str(value)
-        elif name != "client_kwargs":
-            hint = "set AWS_PROFILE in the environment" if name == "profile" else f"it is none of {', '.join(names)}"
-            raise DatasetError(f"{output}: storage option {name!r} cannot be used for outputs: {hint}")
-    if mapped.get("AWS_ENDPOINT_URL", "").startswith("http://"):
-        mapped.setdefault("AWS_ALLOW_HTTP", "true")
-    if "AWS_ENDPOINT_URL" in mapped and "AWS_PROFILE" in os.environ:
-        mapped["AWS_FORCE_CREDENTIAL_LOAD"] = "true"  # else deltalake reads no profile for other stores than Amazon's
-    return mapped
+    return set(persist(lambda: delta.vacuum(hours, dry_run=True, enforce_retention_duration=False, full=full)))

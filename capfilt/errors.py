@@ -3,6 +3,7 @@
     CapfiltError
     ├── SpecError          a spec or card cannot be used as written      exit 2
     ├── InputError         an input file cannot be listed or read
+    ├── StoreError         a store refuses, or keeps failing
     ├── ImageError         one image cannot be used; carries its reason
     ├── CheckpointError    a checkpoint cannot be found, trusted or loaded
     ├── DatasetError       the output tables are not what they should be
@@ -33,6 +34,10 @@ class SpecError(CapfiltError):
 
 class InputError(CapfiltError):
     """An input file cannot be listed, opened or read as image-text Parquet."""
+
+
+class StoreError(CapfiltError):
+    """What a run writes cannot be written, or read back: its store refuses or keeps failing."""
 
 
 class ImageError(CapfiltError):

@@ -7,7 +7,6 @@ where they are small and slices those that are large, without reading the whole 
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,8 +16,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from capfilt.errors import InputError
-from capfilt.inputs import STORE_PAUSES, InputFile, Opened, current_identity, one_line, read_parquet
+from capfilt.inputs import InputFile, Opened, current_identity, read_parquet
 from capfilt.spec import Columns
+from capfilt.stores import PAUSES, one_line, pause, transient
 
 IMAGE_COLUMNS = ("jpg", "jpeg", "png", "webp", "image", "image_bytes", "bytes")
 TEXT_COLUMNS = ("caption", "text", "txt", "TEXT", "alt_text")
@@ -127,7 +127,7 @@ class Row:
 
 
 def read_footer(
-    file: InputFile, columns: Columns, options: Mapping[str, Any], pauses: Sequence[float] = STORE_PAUSES
+    file: InputFile, columns: Columns, options: Mapping[str, Any], pauses: Sequence[float] = PAUSES
 ) -> Footer:
     """Read one footer.
 
@@ -259,7 +259,7 @@ def cut(
 
 
 def read_rows(
-    fragment: Fragment, options: Mapping[str, Any], batch_rows: int = 32, pauses: Sequence[float] = STORE_PAUSES
+    fragment: Fragment, options: Mapping[str, Any], batch_rows: int = 32, pauses: Sequence[float] = PAUSES
 ) -> Iterator[Row]:
     """Read a fragment's rows in order; exactly `fragment.rows` of them, all of one state of the file.
 
@@ -316,16 +316,16 @@ def _another_try(opened: Opened, error: Exception, failures: int, pauses: Sequen
         Exception: `error`, where it is a fault of ours.
     """
     if opened.failed is not None:
-        if failures > len(pauses) or isinstance(opened.failed, FileNotFoundError):
+        if failures > len(pauses) or not transient(opened.failed):
             raise InputError(f"{opened.path}: cannot be read: {one_line(opened.failed)}") from error
-        time.sleep(pauses[failures - 1])
+        pause(pauses[failures - 1])
         return True
     if isinstance(error, OSError) and error.errno is not None:
         raise InputError(f"{opened.path}: cannot be read: {one_line(error)}") from error
     if not isinstance(error, (pa.ArrowException, OSError, UnicodeDecodeError)):
         raise error
     if failures < _REREADS:
-        time.sleep(0.1 * failures)
+        pause(0.1 * failures)
     return failures < _REREADS
 
 

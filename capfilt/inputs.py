@@ -9,7 +9,6 @@ import hashlib
 import os
 import posixpath
 import re
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,14 +16,16 @@ from typing import Any, TypeVar
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.utils import glob_translate
 
 from capfilt.errors import InputError
 from capfilt.spec import Input
+from capfilt.stores import PAUSES, connect, one_line, pause, persist, transient
 
 T = TypeVar("T")
 
-STORE_PAUSES = (0.5, 2.0)  # seconds before a store that failed is tried again; the stores' clients retry too
 UNSEEN = "unseen"
 """`input_id` of a file that could not be looked at. No file has it, so that nothing read from it is ever committed."""
 
@@ -101,9 +102,7 @@ def _real(path: str) -> str:
 
 def _list_path(path: str, options: Mapping[str, Any]) -> dict[str, InputFile]:
     try:
-        fs, root = fsspec.core.url_to_fs(path, **options)
-        fs.invalidate_cache()  # s3fs and others would answer from what they listed before, for ever
-        files = [_input_file(fs, info, path, root) for info in _find(fs, path, root)]
+        files = persist(lambda: _look(path, options))
     except InputError:
         raise
     except FileNotFoundError:
@@ -113,22 +112,73 @@ def _list_path(path: str, options: Mapping[str, Any]) -> dict[str, InputFile]:
     return {file.path: file for file in files}
 
 
+def _look(path: str, options: Mapping[str, Any]) -> list[InputFile]:
+    fs, root = connect(path, options)
+    fs.invalidate_cache()  # s3fs and others would answer from what they listed before, for ever
+    return [_input_file(fs, info, path, root) for info in _find(fs, path, root)]
+
+
 def _find(fs: Any, path: str, root: str) -> list[Mapping[str, Any]]:
     """What the store says of each file at `path`, whose name in the store is `root`."""
-    if glob.has_magic(path) and not fs.exists(root):
-        infos = fs.glob(root, detail=True).values()
-    elif is_local(fs) and os.path.isdir(root):
+    if is_local(fs) and os.path.isdir(root):
         return [{"name": name} for name in _walk(root)]
-    elif fs.isdir(root):
-        infos = [
-            info
-            for name, info in fs.find(root, detail=True).items()
-            if name.endswith(".parquet") and not re.search(r"/[._]", name.removeprefix(root.rstrip("/")))
-        ]
+    try:
+        info = fs.info(root)
+        directory = fs.isdir(root) if _is_web(fs) else info["type"] == "directory"
+    except FileNotFoundError:
+        if not glob.has_magic(path):
+            raise
+        infos = _glob(fs, root)
     else:
-        infos = [fs.info(root)]
+        infos = _below(fs, root) if directory else [info]
     infos = [info for info in infos if info["type"] != "directory"]  # which a local link to one is not
     return [info for info in infos if not (is_local(fs) and info["islink"] and os.path.isdir(info["name"]))]
+
+
+def _below(fs: Any, root: str) -> list[Mapping[str, Any]]:
+    """Parquet files below a store's directory, hidden names left out."""
+    # Object stores list a whole prefix at once, and fail if they cannot; fsspec's own search does neither.
+    at_once = isinstance(fs, AsyncFileSystem) and type(fs)._find is not AsyncFileSystem._find
+    infos = fs.find(root, detail=True).values() if at_once else _tree(fs, root)
+    names = ((info["name"], info) for info in infos)
+    hidden = re.compile(r"/[._]")
+    return [
+        info
+        for name, info in names
+        if name.endswith(".parquet") and not hidden.search(name.removeprefix(root.rstrip("/")))
+    ]
+
+
+def _glob(fs: Any, pattern: str) -> list[Mapping[str, Any]]:
+    """Files that match; fsspec's own search takes a folder that it cannot list for one that holds nothing."""
+    if _is_web(fs):  # which has an understanding of its own of what `?` is in a URL
+        return list(fs.glob(pattern, detail=True).values())
+    fixed = pattern[: re.search(r"[*?[]", pattern).start()].rpartition("/")[0]  # type: ignore[union-attr]
+    depth = None if "**" in pattern else pattern.count("/", len(fixed) + 1) + 1
+    matches = re.compile(glob_translate(pattern)).match
+    return [info for info in _tree(fs, fixed, depth) if matches(info["name"])]
+
+
+def _tree(fs: Any, root: str, depth: int | None = None) -> Iterator[Mapping[str, Any]]:
+    """What lies below a directory, at most `depth` levels deep, directories left out.
+
+    Raises:
+        Exception: a directory cannot be listed; but for one that is gone meanwhile.
+    """
+    folders = [(root, 1)]
+    while folders:
+        folder, level = folders.pop()
+        try:
+            infos = fs.ls(folder, detail=True)
+        except FileNotFoundError:
+            if level == 1:
+                raise
+            continue
+        for info in infos:
+            if info["type"] != "directory":
+                yield info
+            elif (depth is None or level < depth) and info["name"].rstrip("/") != folder.rstrip("/"):
+                folders.append((info["name"], level + 1))
 
 
 def _walk(root: str) -> Iterator[str]:
@@ -206,7 +256,15 @@ def _identity(fs: Any, name: str, info: Mapping[str, Any]) -> str:
 
 
 def is_local(fs: Any) -> bool:
-    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+    return "file" in _protocols(fs)
+
+
+def _is_web(fs: Any) -> bool:
+    return "http" in _protocols(fs)
+
+
+def _protocols(fs: Any) -> Sequence[str]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol
 
 
 # --- opening ---
@@ -283,7 +341,7 @@ class Opened:
     def _open(self) -> int:
         """Open the handle; returns the buffer to read it with, in bytes."""
         try:
-            fs, name = fsspec.core.url_to_fs(self.path, **self.options)
+            fs, name = connect(self.path, self.options)
             if not is_local(fs):
                 self._handle = _Watched(fs.open(name, "rb", block_size=_REMOTE_BUFFER))
                 return _REMOTE_BUFFER
@@ -300,11 +358,12 @@ class Opened:
 
 
 def read_parquet(
-    path: str, options: Mapping[str, Any], read: Callable[[pq.ParquetFile], T], pauses: Sequence[float] = STORE_PAUSES
+    path: str, options: Mapping[str, Any], read: Callable[[pq.ParquetFile], T], pauses: Sequence[float] = PAUSES
 ) -> T:
     """What `read` makes of a Parquet file, opened and read anew where its store fails.
 
-    A store that says the file is not there, or not for us, is not asked again: it may list what it lets no one read.
+    A store whose failure will not pass (capfilt.stores.transient) is not asked again: it may list what it lets no one
+    read.
 
     Args:
         pauses: seconds to wait before each further try.
@@ -313,7 +372,7 @@ def read_parquet(
         InputError: the file is not Parquet or cannot be decoded, or its store keeps failing; or `read` raises it.
         MemoryError: there is no memory to read into; the file is not to blame.
     """
-    for pause in (*pauses, None):
+    for seconds in (*pauses, None):
         opened = Opened(path, options)
         try:
             with opened as parquet:
@@ -322,15 +381,15 @@ def read_parquet(
             raise
         except Exception as error:  # every store raises its own kinds
             failed = opened.failed
-            if pause is None or failed is None or isinstance(failed, (FileNotFoundError, PermissionError)):
+            if seconds is None or failed is None or not transient(failed):
                 if isinstance(error, InputError) or not (failed or isinstance(error, (pa.ArrowException, OSError))):
                     raise
                 raise InputError(f"{path}: cannot be read: {one_line(failed or error)}") from error
-        time.sleep(pause)
+        pause(seconds)
     raise AssertionError("the last try returns or raises")
 
 
-def current_identity(file: InputFile, options: Mapping[str, Any], pauses: Sequence[float] = STORE_PAUSES) -> str:
+def current_identity(file: InputFile, options: Mapping[str, Any], pauses: Sequence[float] = PAUSES) -> str:
     """The file's content identity now, to compare with `file.input_id`.
 
     Args:
@@ -339,20 +398,15 @@ def current_identity(file: InputFile, options: Mapping[str, Any], pauses: Sequen
     Raises:
         InputError: the file is gone or its store does not answer.
     """
-    for pause in (*pauses, None):
-        try:
-            fs, name = fsspec.core.url_to_fs(file.path, **options)
-            fs.invalidate_cache()
-            return _identity(fs, name, _stat(name) if is_local(fs) else fs.info(name))
-        except MemoryError:
-            raise
-        except Exception as error:  # every store raises its own kinds
-            if pause is None or isinstance(error, FileNotFoundError):
-                raise InputError(f"{file.path}: cannot be read any more: {one_line(error)}") from error
-            time.sleep(pause)
-    raise AssertionError("the last try returns or raises")
 
+    def look() -> str:
+        fs, name = connect(file.path, options)
+        fs.invalidate_cache()
+        return _identity(fs, name, _stat(name) if is_local(fs) else fs.info(name))
 
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    try:
+        return persist(look, pauses)
+    except MemoryError:
+        raise
+    except Exception as error:  # every store raises its own kinds
+        raise InputError(f"{file.path}: cannot be read any more: {one_line(error)}") from error

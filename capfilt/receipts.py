@@ -16,12 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from capfilt.dataset import DIRECTORIES, Counts, DataFile, Provenance, ShardCommit
 from capfilt.plan import Stage
 from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE
+from capfilt.stores import blamed, connect, persist
 
 RECEIPTS = "_runs/receipts"
 _RUN = re.compile(r"\.([^./]+)\.json(?:\.tmp)?$")
@@ -115,16 +115,21 @@ def store(receipt: Receipt, output: str, options: Mapping[str, Any]) -> None:
     """Write a receipt under the output; it is there whole or not at all.
 
     Raises:
-        OSError: the store refuses.
+        StoreError: the store refuses, or keeps failing.
     """
-    fs, root = fsspec.core.url_to_fs(output, **options)
+    fs, root = connect(output, options)
     directory = f"{root}/{RECEIPTS}/{receipt.shard}"
     run = receipt.provenance.run
     name = f"{directory}/{receipt.start:09d}-{receipt.stop:09d}-{uuid.uuid4().hex[:8]}.{run}.json"
     text = receipt.model_dump_json().encode()
-    if "file" not in fs.protocol:
-        fs.pipe_file(name, text)
-        return
+    with blamed(f"{output}/{RECEIPTS}/{receipt.shard}: cannot be written"):
+        if "file" in fs.protocol:
+            _store_locally(directory, name, text)
+        else:
+            fs.pipe_file(name, text)
+
+
+def _store_locally(directory: str, name: str, text: bytes) -> None:
     for last in (False, False, True):
         os.makedirs(directory, exist_ok=True)
         try:
@@ -149,11 +154,14 @@ def adopt(
 
     Returns:
         By shard, receipts in order of rows that do the wanted work, do not overlap, and whose files are all there.
+
+    Raises:
+        StoreError: the store keeps failing.
     """
-    fs, root = fsspec.core.url_to_fs(output, **options)
-    names = [n for n in fs.find(f"{root}/{RECEIPTS}") if n.endswith(".json") and n.split("/")[-2] in wanted]
-    with ThreadPoolExecutor(16) as pool:
-        found = list(pool.map(lambda name: _load(fs, root, name, wanted, closed), sorted(names)))
+    fs, root, stored = _stored(output, options)
+    names = [n for n in stored if n.endswith(".json") and n.split("/")[-2] in wanted]
+    with blamed(f"{output}/{RECEIPTS}: cannot be read"), ThreadPoolExecutor(16) as pool:
+        found = list(pool.map(lambda name: persist(lambda: _load(fs, root, name, wanted, closed)), sorted(names)))
     adopted: dict[str, list[Receipt]] = {}
     for receipt in sorted((r for r in found if r is not None), key=lambda r: (r.shard, r.start, -r.stop)):
         taken = adopted.setdefault(receipt.shard, [])
@@ -186,6 +194,19 @@ def _load(fs: Any, root: str, name: str, wanted: Mapping[str, Provenance], close
     return receipt
 
 
+def _stored(output: str, options: Mapping[str, Any]) -> tuple[Any, str, list[str]]:
+    """The output's file system, its name there, and the names of all that lies among its receipts, as it is now."""
+    fs, root = connect(output, options)
+
+    def names() -> list[str]:
+        fs.invalidate_cache()
+        found: list[str] = fs.find(f"{root}/{RECEIPTS}")
+        return found
+
+    with blamed(f"{output}/{RECEIPTS}: cannot be listed"):
+        return fs, root, persist(names)
+
+
 def gaps(receipts: Sequence[Receipt], rows: int) -> list[tuple[int, int]]:
     """The runs of rows of [0, rows) that ordered, non-overlapping receipts leave to do."""
     edges = [0, *(edge for r in receipts for edge in (r.start, r.stop)), rows]
@@ -194,18 +215,16 @@ def gaps(receipts: Sequence[Receipt], rows: int) -> list[tuple[int, int]]:
 
 def unfinished(output: str, options: Mapping[str, Any]) -> bool:
     """Whether receipts are stored: an earlier run did not come to its end."""
-    fs, root = fsspec.core.url_to_fs(output, **options)
-    return bool(fs.find(f"{root}/{RECEIPTS}"))
+    return bool(_stored(output, options)[2])
 
 
 def discard(output: str, options: Mapping[str, Any], closed: Container[str]) -> None:
     """Remove the stored receipts of closed runs, whose files may be gone, and whatever is no receipt at all."""
-    fs, root = fsspec.core.url_to_fs(output, **options)
-    fs.invalidate_cache()
-    names = fs.find(f"{root}/{RECEIPTS}")
+    fs, root, names = _stored(output, options)
     runs = {name: _RUN.search(name) for name in names}
     if doomed := [name for name, run in runs.items() if run is None or run[1] in closed]:
-        fs.rm(doomed)
+        with blamed(f"{output}/{RECEIPTS}: cannot be deleted"):
+            persist(lambda: fs.rm(doomed))
     if "file" in fs.protocol:
         folder = Path(f"{root}/{RECEIPTS}")
         for empty in [*folder.glob("*"), folder]:

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capfilt.errors import InputError
-from capfilt.inputs import Opened, list_inputs, one_line
+from capfilt.inputs import Opened, list_inputs
 from capfilt.spec import Input, Truth
+from capfilt.stores import one_line
 from capfilt.text import clean
 from capfilt.toyweb import ATTRIBUTES, Scene, is_true, read_back
 

@@ -8,21 +8,26 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from capfilt.inputs import is_local
 from capfilt.schema import FILE_SCHEMAS
+from capfilt.stores import blamed, connect
 
 _ROW_GROUP_BYTES = 8 * 2**20
 """More costs the kernel's zeroing of fresh memory for every row group: 32 MiB twice the time of 8."""
 
 
+_PART_BYTES = 16 * 2**20
+"""What is held of a file before it is sent to an object store, as a part or, if it is all, as a whole."""
+
+
 class ParquetWriter:
     """Writes one file of one table, a row group whenever enough has gathered, so that memory stays bounded.
 
-    The file is whole, or it is not readable as Parquet: its footer is written by `close`.
+    The file is whole, or it is not readable as Parquet: its footer is written by `close`. An object store shows nothing
+    of it until then.
 
     Args:
         table: a key of schema.FILE_SCHEMAS.
@@ -30,7 +35,7 @@ class ParquetWriter:
         constant: columns with one value in every row; those the table lacks are left out.
 
     Raises:
-        OSError: the store refuses.
+        StoreError: the store refuses, or keeps failing.
     """
 
     def __init__(
@@ -46,14 +51,11 @@ class ParquetWriter:
         self.size = 0
         self._pending: list[dict[str, Any]] = []
         self._pending_bytes = 0
-        fs, name = fsspec.core.url_to_fs(url, **options)
-        self._local = name if is_local(fs) else None
-        if self._local:  # arrow's own file: no detour through Python for every page
-            os.makedirs(os.path.dirname(name), exist_ok=True)
-            self._file = self._sink = pa.OSFile(name, mode="w")
-        else:
-            self._file = fs.open(name, "wb")
-            self._sink = pa.PythonFile(self._file, mode="w")
+        self._fs, self._name = connect(url, options)
+        self._local = self._name if is_local(self._fs) else None
+        self._what = f"{url}: cannot be written"
+        with blamed(self._what):
+            self._open()
         plain = [field.name for field in self.schema if field.name != "image"]
         self._writer = pq.ParquetWriter(
             self._sink,
@@ -63,6 +65,14 @@ class ParquetWriter:
             write_statistics=plain,
             store_schema=False,
         )
+
+    def _open(self) -> None:
+        if self._local:  # arrow's own file: no detour through Python for every page
+            os.makedirs(os.path.dirname(self._local), exist_ok=True)
+            self._file = self._sink = pa.OSFile(self._local, mode="w")
+        else:
+            self._file = self._fs.open(self._name, "wb", block_size=_PART_BYTES)
+            self._sink = pa.PythonFile(self._file, mode="w")
 
     def append(self, row: dict[str, Any], size: int) -> None:
         """Add one row, without its constant columns; `size` is about its bytes."""
@@ -90,16 +100,31 @@ class ParquetWriter:
                 else _array([row[name] for row in self._pending], kind)
                 for name, kind in zip(self.schema.names, self.schema.types, strict=True)
             ]
-            self._writer.write_table(pa.Table.from_arrays(columns, schema=self.schema))
+            table = pa.Table.from_arrays(columns, schema=self.schema)
+            with blamed(self._what):
+                self._writer.write_table(table)
         self._pending, self._pending_bytes = [], 0
 
     def close(self) -> int:
         """Finish the file and return its size in bytes."""
         self._flush()
-        self._writer.close()
-        size: int = self._sink.tell()
-        self._file.close()
+        with blamed(self._what):
+            self._writer.close()
+            size: int = self._sink.tell()
+            try:
+                self._file.close()
+            except Exception:  # a store that has the file may yet fail to say so; no other has its name
+                if self._local or not self._arrived(size):
+                    raise
+                self._file.closed = True
         return size
+
+    def _arrived(self, size: int) -> bool:
+        self._fs.invalidate_cache()
+        try:
+            return bool(self._fs.info(self._name)["size"] == size)
+        except FileNotFoundError:
+            return False
 
     def abandon(self) -> None:
         """Give the file up: nothing readable is left where the store allows it; vacuum finds the rest.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from s3 import S3
 
 from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, Input, LocalCheckpoint
+
+# Nobody's own: of this process, and of the Ray that it starts.
+for setting in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN"):
+    os.environ.pop(setting, None)
+os.environ |= {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1"}
+os.environ |= {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
 
 
 def jpeg(seed: int, side: int = 24) -> bytes:
@@ -75,13 +82,28 @@ def make_spec(tmp_path: Path) -> MakeSpec:
     return make
 
 
-def read(output: str, table: str = "annotations") -> list[dict[str, Any]]:
+def read(output: str, table: str = "annotations", options: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """Every row of a table of a curated dataset, in order of shard and row."""
     from capfilt.dataset import CuratedDataset
 
-    dataset = CuratedDataset.for_reading(output, {})
+    dataset = CuratedDataset.for_reading(output, options or {})
     rows = getattr(dataset, table)().to_table().to_pylist()
     return sorted(rows, key=lambda row: (row["shard"], row["row"]))
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3]:
+    """One S3-speaking server for the whole session, with the bucket `data`."""
+    with S3() as server:
+        server.files().mkdir("data")
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3) -> S3:
+    """That server, smooth and asked nothing yet."""
+    s3_server.reset()
+    return s3_server
 
 
 @pytest.fixture(scope="session")

@@ -840,21 +840,6 @@ def test_every_reader_sees_the_same_rows(output: str) -> None:
     assert dataset.annotations().count_rows(filter=~pads.field("reason").is_null()) == 5
 
 
-def test_storage_options_are_translated_or_refused(output: str) -> None:
-    from capfilt.dataset import _delta_options
-
-    options = {"endpoint_url": "http://localhost:9000", "client_kwargs": {"region_name": "eu-1"}, "anon": True}
-    assert _delta_options(output, options) == {
-        "AWS_ENDPOINT_URL": "http://localhost:9000",
-        "AWS_ALLOW_HTTP": "true",
-        "AWS_REGION": "eu-1",
-        "AWS_SKIP_SIGNATURE": "true",
-    }
-    for name, hint in (("endpont_url", "none of endpoint_url"), ("profile", "set AWS_PROFILE in the environment")):
-        with pytest.raises(DatasetError, match=rf"out: storage option '{name}' cannot be used for outputs: .*{hint}"):
-            CuratedDataset.for_writing(output, {name: "x"})
-
-
 # --- any history ------------------------------------------------------------------------------------------------------
 
 SHARDS = st.dictionaries(st.sampled_from("abcd"), st.lists(st.sampled_from(list(Status)), max_size=4), max_size=3)

@@ -15,7 +15,7 @@ LAYERS = [
     {"errors", "schema", "spec", "text", "decide", "fingerprints", "weights", "evaluate", "throughput"},
     {
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "pace", "toyweb", "examples"),
-        *("truth", "testset", "quality", "tables", "demo"),
+        *("stores", "truth", "testset", "quality", "tables", "demo"),
     },
     {"models"},
     {"pipelines"},

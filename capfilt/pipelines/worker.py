@@ -22,13 +22,14 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter
 
 from capfilt.decide import FilterScore, Text, as_stored, decide, row_outcome
-from capfilt.errors import CapfiltError, CheckpointError, ImageError, InputError
+from capfilt.errors import CapfiltError, CheckpointError, ImageError, InputError, StoreError
 from capfilt.fingerprints import run_fingerprints
 from capfilt.fragments import Fragment, Row, read_rows
 from capfilt.images import decode
@@ -42,6 +43,7 @@ from capfilt.plan import Stage
 from capfilt.receipts import Receipt
 from capfilt.schema import Reason, Source, Status
 from capfilt.spec import CaptionerCard, FilterCard
+from capfilt.stores import persist
 from capfilt.text import clean
 
 DEATHS_BEFORE_SPLIT = 2
@@ -155,7 +157,7 @@ class Worker:
         if died < patience:
             with self._turns.turn(alone=died > 0 or fragment.name != whole):
                 self.attempts.begin(fragment.name)
-                receipts = [self.curate(fragment)]
+                receipts = [persist(partial(self.curate, fragment), of=StoreError)]  # half a file cannot be sent on
         elif fragment.rows <= 1 or self.attempts.lost(whole) >= LOST_ROWS_LIMIT:
             receipts = [self._bury(fragment)]
             self.attempts.lose(whole, fragment.rows)
@@ -233,7 +235,7 @@ class Worker:
             The stored receipt; one with `failure` where the input cannot be read just now.
 
         Raises:
-            OSError: the output cannot be written.
+            StoreError: the output cannot be written.
         """
         self.models()
         seconds: dict[str, float] = defaultdict(float)
