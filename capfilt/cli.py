@@ -1,10 +1,12 @@
 """The command line: parse, call one function, print. Loads neither torch nor ray until a run begins.
 
-Exit codes: 0 done, 1 failed, 2 bad usage or spec, 3 stopped by the error budget, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 bad usage or spec, 3 stopped by the error budget, 4 another run holds
+the output, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -27,14 +29,14 @@ from capfilt.errors import (
 )
 from capfilt.printing import (
     NO_INPUT,
-    err,
     print_bootstrap,
     print_dataset,
     print_demo,
     print_evaluation,
+    print_holder,
+    print_runs,
     print_summary,
     print_training,
-    say,
 )
 from capfilt.spec import (
     BootstrapSpec,
@@ -54,6 +56,7 @@ from capfilt.spec import (
     load_spec,
     output_location,
 )
+from capfilt.terminal import err, say
 
 if TYPE_CHECKING:
     from capfilt.fragments import Layout
@@ -271,10 +274,29 @@ def plan(spec: SpecFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def status(output: Output) -> None:
-    """Say what a curated dataset holds, from its tables alone."""
+    """Say what a curated dataset holds, from its tables alone, and which run holds it."""
+    from capfilt.dataset import CuratedDataset
+    from capfilt.holder import standing
+
+    place = _place(output)
+    print_dataset(CuratedDataset.for_reading(*place))
+    print_holder(standing(*place))
+
+
+@app.command()
+def runs(
+    output: Output,
+    last: Annotated[int, typer.Option(help="Of the newest runs, so many.", min=1)] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="All that is on record of them, for machines.")] = False,
+) -> None:
+    """List the runs on record: when, how long, what came of it, and what it cost."""
     from capfilt.dataset import CuratedDataset
 
-    print_dataset(CuratedDataset.for_reading(*_place(output)))
+    records = CuratedDataset.for_reading(*_place(output)).runs(last)
+    if as_json:
+        typer.echo(json.dumps([record.as_json() for record in records], indent=1))
+    else:
+        print_runs(records)
 
 
 def _place(output: str) -> tuple[str, dict[str, Any]]:

@@ -12,10 +12,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "capfilt"
 
 LAYERS = [
-    {"errors", "schema", "spec", "text", "decide", "fingerprints", "weights", "evaluate", "throughput"},
+    {
+        *("errors", "schema", "spec", "text", "decide", "fingerprints", "weights", "evaluate", "throughput"),
+        *("terminal", "logs", "redaction"),
+    },
     {
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "toyweb", "examples"),
-        *("truth", "testset", "quality", "tables", "demo"),
+        *("truth", "testset", "quality", "tables", "demo", "holder", "lease", "records"),
     },
     {"models"},
     {"pipelines"},

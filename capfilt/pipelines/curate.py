@@ -14,7 +14,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,12 +25,15 @@ from capfilt.errors import CapfiltError, ConflictError, ErrorBudgetError, InputE
 from capfilt.fingerprints import Fingerprints, run_fingerprints
 from capfilt.fragments import Footer, Fragment, Layout, cut, read_footer
 from capfilt.inputs import InputFile
+from capfilt.lease import Lease
 from capfilt.pipelines.progress import Display
-from capfilt.pipelines.session import connected, interruptible, lacking, quiet, surroundings, uninterrupted
+from capfilt.pipelines.session import connected, interrupt, interruptible, lacking, quiet, surroundings, uninterrupted
 from capfilt.pipelines.worker import Job, LoadModels, Worker, load_models
 from capfilt.plan import Plan, make_plan
 from capfilt.receipts import Receipt, adopt, discard, gaps, shard_commit, unfinished
+from capfilt.records import SUMMARY
 from capfilt.spec import CurateSpec
+from capfilt.terminal import say
 from capfilt.throughput import Throughput
 from capfilt.weights import inspect
 
@@ -60,7 +63,7 @@ class Summary:
         counts: rows of the shards this run committed.
         reasons: rows by reason, and texts by source and reason, of those shards.
         seconds: by stage, over all workers.
-        busy, bottleneck: see capfilt.throughput; none where nothing met the models.
+        busy, bottleneck, device_seconds: see capfilt.throughput; none where nothing met the models.
         failures: input files that could not be curated, each with what was wrong.
         gone: committed shards that are no longer among the inputs.
         outcome: `done`, or the error that ended the run.
@@ -79,6 +82,7 @@ class Summary:
     seconds: dict[str, float] = field(default_factory=dict)
     busy: float | None = None
     bottleneck: str | None = None
+    device_seconds: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     gone: int = 0
     outcome: str = "running"
@@ -104,44 +108,63 @@ def curate(
 
     Raises:
         CheckpointError: a checkpoint cannot be used.
-        ConflictError: another driver committed to the output.
+        ConflictError: another run holds the output, took it over, or committed to it.
         ErrorBudgetError: more rows are errors than the spec allows; what was good is committed.
         InputError: the inputs cannot be listed.
         KeyboardInterrupt: after committing what is finished.
     """
     begin = time.monotonic()
+    run = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+    console = console or Console(stderr=True)
+    lease = _lease(spec, run, console)
+    lease.look()
     fingerprints = run_fingerprints(spec)
     # Planned before anything is made: a mistyped input leaves nothing behind.
-    plan = make_plan(spec, fingerprints, CuratedDataset.committed_in(spec.output, spec.output_options))
+    plan = _plan(spec, fingerprints)
     if plan.todo and load is load_models:
         for card in spec.cards.values():
             inspect(card)
-    dataset = CuratedDataset.for_writing(spec.output, spec.output_options)
-    run = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
-    summary = Summary(run, spec.output, fingerprints, skipped=len(plan.done), gone=len(plan.gone))
     work = bool(plan.todo) or unfinished(spec.output, spec.output_options)
-    try:
-        if work:
-            dataset.register(run, _record(spec, fingerprints, plan))
-            job = Job(spec, fingerprints, run)
-            display = Display(console or Console(stderr=True), spec.placement.max_actors)
-            with interruptible(), display:
-                if plan.todo:
-                    _Driver(job, dataset, plan, display, summary).run(execute or on_ray, load)
-                dataset.vacuum()
-                discard(spec.output, spec.output_options, dataset.closed_runs())
-        summary.outcome = "done"
-        return summary
-    except BaseException as error:
-        summary.outcome = f"{type(error).__name__}: {error}"
-        raise
-    finally:
-        summary.elapsed = time.monotonic() - begin
-        summary.versions = dataset.versions()
-        if report:
-            report(summary)
-        if work:
-            _write_summary(dataset, summary)
+    with lease if work else nullcontext():
+        if lease.contended:
+            plan = _plan(spec, fingerprints)
+        dataset = CuratedDataset.for_writing(spec.output, spec.output_options)
+        if lease.unsure:
+            dataset.commit([])  # whoever had the lease, and may yet wake, can commit no more
+        summary = Summary(run, spec.output, fingerprints, skipped=len(plan.done), gone=len(plan.gone))
+        try:
+            if work:
+                dataset.register(run, _record(spec, fingerprints, plan))
+                job = Job(spec, fingerprints, run)
+                display = Display(console, spec.placement.max_actors)
+                with interruptible(), display:
+                    if plan.todo:
+                        _Driver(job, dataset, plan, display, summary, lease).run(execute or on_ray, load)
+                    dataset.vacuum()
+                    discard(spec.output, spec.output_options, dataset.closed_runs())
+            summary.outcome = "done"
+            return summary
+        except BaseException as error:
+            summary.outcome = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            summary.elapsed = time.monotonic() - begin
+            summary.versions = dataset.versions()
+            if report:
+                report(summary)
+            if work:
+                _write_summary(dataset, summary)
+
+
+def _lease(spec: CurateSpec, run: str, console: Console) -> Lease:
+    def tell(line: str) -> None:
+        say(f"capfilt: {line}", console)
+
+    return Lease(spec.output, spec.output_options, run, spec.lease_seconds, tell, interrupt)
+
+
+def _plan(spec: CurateSpec, fingerprints: Fingerprints) -> Plan:
+    return make_plan(spec, fingerprints, CuratedDataset.committed_in(spec.output, spec.output_options))
 
 
 def _record(spec: CurateSpec, fingerprints: Fingerprints, plan: Plan) -> dict[str, Any]:
@@ -157,7 +180,7 @@ def _record(spec: CurateSpec, fingerprints: Fingerprints, plan: Plan) -> dict[st
 def _write_summary(dataset: CuratedDataset, summary: Summary) -> None:
     """Keep the summary in _runs/; where the run itself failed, a store that refuses is not the error to hear of."""
     try:
-        dataset.write_run_file(summary.run, "summary.json", _as_json(summary))
+        dataset.write_run_file(summary.run, SUMMARY, _as_json(summary))
     except Exception:
         if summary.outcome == "done":
             raise
@@ -171,8 +194,11 @@ def _as_json(summary: Summary) -> dict[str, Any]:
 class _Driver:
     """Follows shards from plan to commit."""
 
-    def __init__(self, job: Job, dataset: CuratedDataset, plan: Plan, display: Display, summary: Summary) -> None:
+    def __init__(
+        self, job: Job, dataset: CuratedDataset, plan: Plan, display: Display, summary: Summary, lease: Lease
+    ) -> None:
         self.job, self.dataset, self.plan, self.display, self.summary = job, dataset, plan, display, summary
+        self.lease = lease
         self._receipts: dict[str, list[Receipt]] = {}  # of shards not yet complete
         self._ready: list[_Complete] = []
         self._held: list[_Complete] = []  # over the budget by themselves; committed if the run as a whole is not
@@ -261,6 +287,8 @@ class _Driver:
             return
         self._throughput.add(receipt.worker, receipt.seconds, receipt.on_models)
         self.summary.busy, self.summary.bottleneck = self._throughput.busy, self._throughput.bottleneck
+        placement = self.job.spec.placement
+        self.summary.device_seconds = self._throughput.device_seconds(placement.gpus, placement.cpus)
         self.display.update(receipt)
         self._count(receipt)
 
@@ -302,6 +330,7 @@ class _Driver:
 
     def _commit(self) -> None:
         begin = time.monotonic()
+        self.lease.check()
         if self._ready:
             with uninterrupted():
                 complete, self._ready = self._ready, []

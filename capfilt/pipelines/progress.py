@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from capfilt.dataset import Counts
 from capfilt.receipts import Receipt
+from capfilt.terminal import say
 
 _WINDOW_SECONDS = 60.0
 
@@ -94,7 +95,7 @@ class Display:
             self._say(f"{self.line()}{self._left()}")
 
     def _say(self, line: str) -> None:
-        self._console.print(f"capfilt: {line}", markup=False, highlight=False, soft_wrap=True)
+        say(f"capfilt: {line}", self._console)
 
     def _say_when_silent(self) -> None:
         """A cluster may be waiting for machines; a log without lines looks like a hang."""

@@ -23,11 +23,8 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM)
 def interruptible() -> Iterator[None]:
     """SIGTERM, which is how clusters say stop, ends a run as Ctrl-C does."""
 
-    def stop(signum: int, _: object) -> None:
-        raise KeyboardInterrupt(signal.Signals(signum).name)
-
     try:
-        before = signal.signal(signal.SIGTERM, stop)
+        before = signal.signal(signal.SIGTERM, _stop)
     except ValueError:  # not the main thread: whoever owns the signals handles them
         yield
         return
@@ -35,6 +32,16 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _stop(signum: int, _: object) -> None:
+    raise KeyboardInterrupt(signal.Signals(signum).name)
+
+
+def interrupt() -> None:
+    """End the run of this process as Ctrl-C does, from any thread, if it is interruptible just now."""
+    if signal.getsignal(signal.SIGTERM) is _stop:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
