@@ -7,18 +7,21 @@ the output, 130 interrupted.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
+from capfilt import logs
 from capfilt.errors import (
     CapfiltError,
     CheckpointError,
@@ -112,6 +115,7 @@ def _curate(spec: CurateSpec) -> Summary:
     summaries: list[Summary] = []
     try:
         with _native_noise_in_a_file() as console:
+            console.quiet = logs.begun()  # it says all of it in events
             return curate(spec, console=console, report=summaries.append)
     except KeyboardInterrupt:
         message = "interrupted; what was finished is kept. Run the same command again to resume"
@@ -134,7 +138,7 @@ def _native_noise_in_a_file() -> Iterator[Console]:
     done = False
     try:
         with os.fdopen(os.dup(real), "w") as stream:
-            yield Console(file=stream, soft_wrap=True)
+            yield logs.console() if logs.begun() else Console(file=stream, soft_wrap=True)
         done = True
     except (KeyboardInterrupt, ErrorBudgetError, SpecError, CheckpointError):  # Ray had no part in these
         done = True
@@ -314,13 +318,15 @@ def vacuum(
 ) -> None:
     """Delete files that only versions older than --hours use; those versions can no longer be read then.
 
-    A run that is writing to the output meanwhile is stopped by it, with nothing lost.
+    Refused, with exit code 4, while a run holds the output.
     """
     from capfilt.dataset import CuratedDataset
+    from capfilt.lease import Lease
 
     place, options = _place(output)
     CuratedDataset.for_reading(place, options)  # which makes none, where the name is mistyped
-    removed = CuratedDataset.for_writing(place, options).vacuum(retain_hours=hours)
+    with Lease(place, options, "vacuum", say=lambda line: say(f"capfilt: {line}", err)):
+        removed = CuratedDataset.for_writing(place, options).vacuum(retain_hours=hours)
     say(f"{removed:,} files removed")
 
 
@@ -385,18 +391,30 @@ def demo(
 def main() -> None:
     """The `capfilt` command: prints an error in one line and exits with its code. A bug shows its traceback."""
     try:
+        logs.begin()
         app()
     except CapfiltError as error:
-        for traceback in getattr(error, "__notes__", ()):  # a worker's, of what no one foresaw
-            say(traceback.rstrip(), err)
-        say(f"capfilt: {error}", err)
-        sys.exit(error.exit_code)
-    except Exception as error:
+        _fail(error, str(error), error.exit_code, getattr(error, "__notes__", ()))  # a worker's, of what no one foresaw
+    except Exception as error:  # noqa: BLE001 - reported, with its traceback where no one foresaw it
         from deltalake.exceptions import DeltaError
 
-        if not isinstance(error, OSError | DeltaError):
-            raise
         message = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
-        say(f"capfilt: {type(error).__name__}: {message}", err)
-        say("what was finished is kept; mend this and run again to resume", err)
-        sys.exit(1)
+        message = f"{type(error).__name__}: {message}"
+        if isinstance(error, OSError | DeltaError):
+            _fail(error, message, 1, hint="what was finished is kept; mend this and run again to resume")
+        _fail(error, message, 1, [traceback.format_exc()], "this is a bug of capfilt; what was finished is kept")
+
+
+def _fail(error: Exception, message: str, code: int, tracebacks: Sequence[str] = (), hint: str = "") -> NoReturn:
+    if logs.begun():
+        logs.event(
+            *("failed", logging.ERROR),
+            **{"error": type(error).__name__, "message": message, "exit_code": code, "traceback": "".join(tracebacks)},
+        )
+    else:
+        for trace in tracebacks:
+            say(trace.rstrip(), err)
+        say(f"capfilt: {message}", err)
+        if hint:
+            say(hint, err)
+    sys.exit(code)

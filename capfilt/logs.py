@@ -90,6 +90,11 @@ def begin() -> None:
         err.file = cast(IO[str], _Printed())
 
 
+def begun() -> bool:
+    """Whether standard error carries JSON lines and nothing else."""
+    return any(isinstance(handler.formatter, JsonLines) for handler in LOG.handlers)
+
+
 def console() -> Console:
     """A console whose every print is an event."""
     return Console(file=cast(IO[str], _Printed()), soft_wrap=True)

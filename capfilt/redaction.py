@@ -15,7 +15,7 @@ HIDDEN = "***"
 
 _PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]+(?=@)")
 _PARAMETER = re.compile(
-    r"([?&][^=&\s]*(?:secret|token|password|credential|signature|sig|key)[^=&\s]*=)[^&\s'\"]+", re.I
+    r"([?&][^=&\s]*(?:secret|token|password|credential|signature|sig|key)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE
 )
 _VARIABLE = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|ACCOUNT_KEY|API_KEY|CONNECTION_STRING", re.I)
 _SHORTEST = 12

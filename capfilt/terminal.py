@@ -31,6 +31,6 @@ def shown(text: str) -> Text:
 
 
 def say(message: str, console: Console = out) -> None:
-    """Print a message, without secrets. Lines after its first are indented: what follows a line end is never taken for ours."""
+    """Print a message, without secrets. Its further lines are indented: none of them is taken for one of ours."""
     lines = (escaped(line) for line in redacted(message).split("\n"))
     console.print(Text("\n    ".join(lines)), highlight=False, soft_wrap=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import logging
 import pickle
 import time
 import uuid
@@ -16,6 +17,7 @@ from collections.abc import Callable, Container, Generator, Iterable, Iterator, 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -26,8 +28,11 @@ from capfilt.fingerprints import Fingerprints, run_fingerprints
 from capfilt.fragments import Footer, Fragment, Layout, cut, read_footer
 from capfilt.inputs import InputFile
 from capfilt.lease import Lease
+from capfilt.logs import event
+from capfilt.pipelines.metrics import DriverMetrics
 from capfilt.pipelines.progress import Display
 from capfilt.pipelines.session import connected, interrupt, interruptible, lacking, quiet, surroundings, uninterrupted
+from capfilt.pipelines.watching import EventLog, Watcher, Watchers
 from capfilt.pipelines.worker import Job, LoadModels, Worker, load_models
 from capfilt.plan import Plan, make_plan
 from capfilt.receipts import Receipt, adopt, discard, gaps, shard_commit, unfinished
@@ -135,11 +140,15 @@ def curate(
         try:
             if work:
                 dataset.register(run, _record(spec, fingerprints, plan))
+                event("run_started", run=run, output=spec.output, shards=len(plan.todo), up_to_date=len(plan.done))
                 job = Job(spec, fingerprints, run)
                 display = Display(console, spec.placement.max_actors)
+                watchers = Watchers(
+                    display, DriverMetrics(run, spec.ray.watched, partial(_tell, console)), EventLog(run)
+                )
                 with interruptible(), display:
                     if plan.todo:
-                        _Driver(job, dataset, plan, display, summary, lease).run(execute or on_ray, load)
+                        _Driver(job, dataset, plan, watchers, summary, lease).run(execute or on_ray, load)
                     dataset.vacuum()
                     discard(spec.output, spec.output_options, dataset.closed_runs())
             summary.outcome = "done"
@@ -150,6 +159,7 @@ def curate(
         finally:
             summary.elapsed = time.monotonic() - begin
             summary.versions = dataset.versions()
+            _log_end(summary)
             if report:
                 report(summary)
             if work:
@@ -157,10 +167,11 @@ def curate(
 
 
 def _lease(spec: CurateSpec, run: str, console: Console) -> Lease:
-    def tell(line: str) -> None:
-        say(f"capfilt: {line}", console)
+    return Lease(spec.output, spec.output_options, run, spec.lease_seconds, partial(_tell, console), interrupt)
 
-    return Lease(spec.output, spec.output_options, run, spec.lease_seconds, tell, interrupt)
+
+def _tell(console: Console, line: str) -> None:
+    say(f"capfilt: {line}", console)
 
 
 def _plan(spec: CurateSpec, fingerprints: Fingerprints) -> Plan:
@@ -175,6 +186,18 @@ def _record(spec: CurateSpec, fingerprints: Fingerprints, plan: Plan) -> dict[st
         "shards": {str(why): count for why, count in plan.reasons.items()},
         **surroundings(),
     }
+
+
+def _log_end(summary: Summary) -> None:
+    level = logging.INFO if summary.outcome == "done" else logging.ERROR
+    did = {
+        "shards": summary.shards,
+        "rows": summary.counts.rows,
+        **asdict(summary.counts),
+        "up_to_date": summary.skipped,
+    }
+    cost = {"seconds": round(summary.elapsed, 3), "device_seconds": summary.device_seconds}
+    event("run_ended", level, run=summary.run, outcome=summary.outcome, **did, **cost, failed=len(summary.failures))
 
 
 def _write_summary(dataset: CuratedDataset, summary: Summary) -> None:
@@ -195,7 +218,7 @@ class _Driver:
     """Follows shards from plan to commit."""
 
     def __init__(
-        self, job: Job, dataset: CuratedDataset, plan: Plan, display: Display, summary: Summary, lease: Lease
+        self, job: Job, dataset: CuratedDataset, plan: Plan, display: Watcher, summary: Summary, lease: Lease
     ) -> None:
         self.job, self.dataset, self.plan, self.display, self.summary = job, dataset, plan, display, summary
         self.lease = lease
@@ -308,6 +331,7 @@ class _Driver:
         if self._paths[shard] not in self.summary.failures:
             self.summary.failures[self._paths[shard]] = message
             self._budget.lost_a_file(self._receipts.pop(shard, []))
+            self.display.failed(shard, message)
 
     # --- the error budget ---
 
@@ -339,6 +363,7 @@ class _Driver:
                 for one in complete:
                     self.summary.counts += one.shard.counts
                     self.summary.reasons.update(one.reasons)
+                self.display.committed([one.shard for one in complete], time.monotonic() - begin)
         self._last_commit = time.monotonic()
         self._commit_took = self._last_commit - begin
 

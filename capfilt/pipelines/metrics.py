@@ -7,10 +7,13 @@ ray[default] (`pip install 'capfilt[cluster]'`); where it is not installed nothi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
 from typing import Any, Literal
 
+from capfilt.dataset import ShardCommit
+from capfilt.pipelines.watching import Watcher
 from capfilt.receipts import Receipt
 from capfilt.schema import Reason, Status
 from capfilt.throughput import Throughput
@@ -27,7 +30,7 @@ class Metric:
 
 
 METRICS = {
-    "capfilt_rows": Metric("counter", "Rows accounted for, those taken over from an earlier run included.", ("status",)),
+    "capfilt_rows": Metric("counter", "Rows accounted for, also by an earlier run.", ("status",)),
     "capfilt_errors": Metric("counter", "Rows in error.", ("reason",)),
     "capfilt_shards": Metric("counter", "Shards committed, and files that could not be curated.", ("outcome",)),
     "capfilt_stage_seconds": Metric("counter", "Seconds by stage, summed over workers and threads.", ("stage",)),
@@ -41,12 +44,14 @@ METRICS = {
 }
 
 
+_DROPPED = {Reason.NO_IMAGE, Reason.NO_TEXT, Reason.NO_MATCH}
+
+
 def exported() -> bool:
-    """Whether this process is in a Ray whose agent would export what it counts."""
-    import ray
+    """Whether Ray's agent, which exports what is counted, is installed here."""
     from ray._private.utils import get_dashboard_dependency_error
 
-    return bool(ray.is_initialized()) and get_dashboard_dependency_error() is None
+    return get_dashboard_dependency_error() is None
 
 
 class Meters:
@@ -77,40 +82,75 @@ class Meters:
         return kinds[metric.kind](name, description=metric.meaning, tag_keys=("run", *metric.labels), **more)
 
 
-class DriverMetrics:
-    """What the driver counts, as the display is told. Ray may start after it: what goes before the start is kept."""
+class DriverMetrics(Watcher):
+    """What the driver counts; nothing without Ray, or without its agent.
 
-    def __init__(self, run: str) -> None:
+    Args:
+        asked: whether the spec's Ray is one that is watched; then a missing agent is told of, once.
+        tell: takes a line for people.
+    """
+
+    def __init__(self, run: str, asked: bool, tell: Callable[[str], None]) -> None:
         self._meters = Meters(run)
+        self._asked, self._tell = asked, tell
         self._throughput = Throughput()
         self._expected = self._rows = 0
-        self._shards: dict[str, int] = {}
-        self._exported: bool | None = None
+        self._exported: bool | None = None  # not known before Ray is there
+
+    def _on(self) -> bool:
+        if self._exported is None and (ray := sys.modules.get("ray")) and ray.is_initialized():
+            self._exported = exported()
+            if self._asked and not self._exported:
+                self._tell("metrics are not exported: Ray's agent is not installed; pip install 'capfilt[cluster]'")
+        return bool(self._exported)
 
     def expect(self, rows: int) -> None:
         """Rows the run is known or estimated to have."""
         self._expected = rows
 
     def adopt(self, receipt: Receipt) -> None:
-        """Count a fragment that an earlier run finished."""
-        if self._off():
+        """Rows by status and errors by reason, of a fragment that is finished, by whichever run."""
+        if not self._on():
             return
         self._rows += receipt.counts.rows
-        counts = {Status.KEPT: receipt.counts.kept, Status.DROPPED: receipt.counts.dropped}
-        for status, count in {**counts, Status.ERROR: receipt.counts.errors}.items():
-            self._meters.add("capfilt_rows", count, status=str(status))
-        for reason in Reason:
-            if reason in _ERRORS:
-                self._meters.add("capfilt_errors", receipt.reasons.get(reason, 0), reason=str(reason))
+        for status, rows in zip(Status, astuple(receipt.counts), strict=True):
+            self._meters.add("capfilt_rows", rows, status=str(status))
+        for reason, rows in receipt.reasons.items():
+            if ":" not in reason and reason != Status.KEPT and reason not in _DROPPED:
+                self._meters.add("capfilt_errors", rows, reason=str(reason))
         self._meters.add("capfilt_rows_waiting", max(0, self._expected - self._rows))
 
     def update(self, receipt: Receipt) -> None:
-        """Count one finished fragment."""
-        if self._off():
-            return
+        """And, of one that this run finished, where its time went."""
         self.adopt(receipt)
+        if not self._on():
+            return
         self._throughput.add(receipt.worker, receipt.seconds, receipt.on_models)
         for stage, seconds in receipt.seconds.items():
             self._meters.add("capfilt_stage_seconds", seconds, stage=stage)
         if self._throughput.busy is not None:
             self._meters.add("capfilt_device_busy", self._throughput.busy)
+
+    def failed(self, *_: object) -> None:
+        """A file that cannot be curated."""
+        if self._on():
+            self._meters.add("capfilt_shards", 1, outcome="failed")
+
+    def committed(self, shards: list[ShardCommit], _: float, /) -> None:
+        """Shards that are part of the dataset."""
+        if self._on():
+            self._meters.add("capfilt_shards", len(shards), outcome="committed")
+
+
+def count_batches(run: str) -> Callable[[int, float], None]:
+    """In a worker: takes images and seconds of each batch that was on the models."""
+    if not exported():
+        return lambda *_: None
+    meters = Meters(run)
+
+    def count(images: int, seconds: float) -> None:
+        meters.add("capfilt_images", images)
+        meters.add("capfilt_model_seconds", seconds)
+        meters.add("capfilt_batch_seconds", seconds)
+
+    return count

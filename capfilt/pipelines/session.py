@@ -85,7 +85,7 @@ def connected(settings: Ray, cpus: int | None = None) -> Iterator[None]:
                 address=settings.address,
                 log_to_driver=False,
                 logging_level="ERROR",
-                **({"num_cpus": settings.num_cpus or cpus, "include_dashboard": False} if local else {}),
+                **(_local(settings, cpus) if local else {}),
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise CapfiltError(
@@ -95,6 +95,12 @@ def connected(settings: Ray, cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _local(settings: Ray, cpus: int | None) -> dict[str, Any]:
+    """Options of a Ray of our own."""
+    port = {"_metrics_export_port": settings.metrics_port} if settings.metrics_port else {}
+    return {"num_cpus": settings.num_cpus or cpus, "include_dashboard": False, **port}
 
 
 def lacking(have: Mapping[str, float], **need: float) -> dict[str, float]:
