@@ -25,6 +25,7 @@ from capfilt import logs
 from capfilt.errors import (
     CapfiltError,
     CheckpointError,
+    ConflictError,
     ErrorBudgetError,
     InputError,
     RunInterruptedError,
@@ -140,7 +141,7 @@ def _native_noise_in_a_file() -> Iterator[Console]:
         with os.fdopen(os.dup(real), "w") as stream:
             yield logs.console() if logs.begun() else Console(file=stream, soft_wrap=True)
         done = True
-    except (KeyboardInterrupt, ErrorBudgetError, SpecError, CheckpointError):  # Ray had no part in these
+    except (KeyboardInterrupt, ConflictError, ErrorBudgetError, SpecError, CheckpointError):  # Ray had no part in these
         done = True
         raise
     finally:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import fsspec
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from capfilt.inputs import is_local
 
@@ -45,7 +45,7 @@ class Holder(BaseModel):
     seen: str
     ended: str | None = None
     beat: int = 0
-    limit: float
+    limit: float = Field(gt=0, le=3600)
     machine: str
     boot: str
     space: str

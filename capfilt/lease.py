@@ -26,8 +26,9 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from capfilt.errors import LeaseHeldError, LeaseLostError
+from capfilt.errors import DatasetError, LeaseHeldError, LeaseLostError
 from capfilt.holder import FOLDER, Files, Holder, Standing
+from capfilt.inputs import one_line
 from capfilt.logs import event
 
 BEATS = 6
@@ -79,11 +80,12 @@ class Lease:
         """Return if the lease can be had; may watch another's for as long as its limit.
 
         Raises:
+            DatasetError: the output cannot be looked at.
             LeaseHeldError: a run that lives has it.
         """
         watched: Standing | None = None
         while True:
-            now = self._files.newest()
+            now = self._read()
             if now.free or now == self._given_up:
                 break
             holder = now.holder
@@ -101,6 +103,12 @@ class Lease:
         self._looked = self._looked or now
         self._found = now
 
+    def _read(self) -> Standing:
+        try:
+            return self._files.newest()
+        except Exception as error:  # every store raises its own kinds
+            raise DatasetError(f"{self._output}: cannot be looked at: {one_line(error)}") from error
+
     def _is_silent(self, held: Standing) -> bool:
         """Watch a lease until it changes (False) or its limit has passed."""
         holder = held.holder
@@ -111,7 +119,7 @@ class Lease:
         end = time.monotonic() + limit
         while time.monotonic() < end:
             time.sleep(min(1.0, limit / 20))
-            if self._files.newest() != held:
+            if self._read() != held:
                 return False
         return True
 
@@ -121,13 +129,12 @@ class Lease:
         """Take the lease.
 
         Raises:
+            DatasetError: the output cannot be looked at, or written.
             LeaseHeldError: a run that lives has it.
-            OSError: the output cannot be written.
         """
-        while True:
+        self.look()
+        while not self._take(self._found.number + 1):
             self.look()
-            if self._take(self._found.number + 1):
-                break
         self.contended = self._looked is not None and self._looked.number != self._found.number
         self.unsure = not self._found.free and self._found == self._given_up
         if before := self._found.holder if not self._found.free else None:
@@ -138,9 +145,13 @@ class Lease:
 
     def _take(self, number: int) -> bool:
         me = Holder.here(self._run, self._limit)
-        if not self._files.create(number, me.model_dump_json().encode(), me.token):
+        try:
+            created = self._files.create(number, me.model_dump_json().encode(), me.token)
+        except Exception as error:  # every store raises its own kinds
+            raise DatasetError(f"{self._output}: cannot be written: {one_line(error)}") from error
+        if not created:
             return False
-        if self._files.newest().number != number:  # who is slow may find a number free that was used and cleared away
+        if self._read().number != number:  # who is slow may find a number free that was used and cleared away
             self._files.remove(number)
             return False
         self._me, self._number, self._last_beat = me, number, time.monotonic()
@@ -164,7 +175,7 @@ class Lease:
             try:
                 self._beat()
             except Exception as error:  # noqa: BLE001 - every store raises its own; the next beat may pass
-                event("lease_beat_failed", logging.WARNING, run=self._run, error=f"{type(error).__name__}: {error}")
+                event("lease_beat_failed", logging.WARNING, run=self._run, error=one_line(error))
         if self._lost and not self._ended.is_set():
             self._on_loss()
 
@@ -207,7 +218,7 @@ class Lease:
         try:
             self._give_back()
         except Exception as trouble:  # noqa: BLE001 - the run is over; the next one finds its process gone, or waits
-            event("lease_not_given_back", logging.WARNING, run=self._run, error=f"{type(trouble).__name__}: {trouble}")
+            event("lease_not_given_back", logging.WARNING, run=self._run, error=one_line(trouble))
 
     def _give_back(self) -> None:
         holder = self._files.newest().holder

@@ -64,7 +64,7 @@ class Driver:
 
 @pytest.fixture
 def spec(make_spec: MakeSpec, tmp_path: Path) -> CurateSpec:
-    """Four shards of 60 rows, 12 fragments; some rows are bad."""
+    """Four shards of 60 rows, 16 fragments; some rows are bad."""
     for s in range(4):
         images: list[bytes | None] = [jpeg(100 * s + i) for i in range(60)]
         images[3], images[50] = None, b"<html>"
@@ -124,7 +124,7 @@ def test_a_killed_run_is_taken_over_at_once(spec: CurateSpec, driver: Driver) ->
     assert [record.outcome for record in open_dataset(spec.output).runs()] == ["done", DIED]
 
 
-@pytest.mark.parametrize("woken", ["in the middle", "after the end"])
+@pytest.mark.parametrize("woken", ["in the middle", pytest.param("after the end", marks=pytest.mark.slow)])
 def test_a_stopped_run_loses_cleanly_and_corrupts_nothing(spec: CurateSpec, driver: Driver, woken: str) -> None:
     os.kill(driver.process.pid, signal.SIGSTOP)
     time.sleep(LEASE_SECONDS)  # on this machine its last beat is known to be so old
@@ -157,7 +157,7 @@ def test_a_stopped_run_loses_cleanly_and_corrupts_nothing(spec: CurateSpec, driv
     assert (holder.run, holder.ended is None) == (summary.run, False)
 
 
-@pytest.mark.parametrize("stop", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("stop", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_the_lease_is_given_back_after_an_interrupt(spec: CurateSpec, driver: Driver, stop: signal.Signals) -> None:
     driver.process.send_signal(stop)
     assert driver.end()[0] != 0
@@ -199,7 +199,7 @@ def test_events_tell_the_run_in_json(spec: CurateSpec, tmp_path: Path) -> None:
     assert "\x1b" not in errors
     events = [json.loads(line) for line in errors.splitlines()]
     names = [event["event"] for event in events]
-    assert names.count("fragment_finished") == 12
+    assert names.count("fragment_finished") == 16
     assert names.count("shard_committed") == 4
     assert (names[0], names[1], names[-1]) == ("lease_taken", "run_started", "run_ended")
     (record,) = open_dataset(spec.output).runs()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import MakeSpec
 from rich.console import Console
 from rich.table import Table
 
@@ -72,3 +76,20 @@ def test_a_message_is_printed_without_secrets() -> None:
     out = io.StringIO()
     say("capfilt: ftp://user:pa55@host: no such file", Console(file=out))
     assert out.getvalue() == "capfilt: ftp://user:***@host: no such file\n"
+
+
+@pytest.mark.parametrize("command", ["check", "plan"])
+def test_a_hostile_file_name_is_shown_and_not_obeyed(make_spec: MakeSpec, tmp_path: Path, command: str) -> None:
+    """In an error on standard error, by `check`, which reads it; as `plan` prints nothing of it, nothing is there."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "\x1b[2J\x1b]0;owned\x07\ncapfilt: all is well \udcff.parquet").write_bytes(b"no Parquet")
+    spec = tmp_path / "run.yaml"
+    spec.write_text(make_spec().model_dump_json())
+    done = subprocess.run([sys.executable, "-m", "capfilt", command, str(spec)], capture_output=True, timeout=60)
+    assert not any(byte in done.stdout + done.stderr for byte in (b"\x1b", b"\x07"))
+    if command == "check":
+        assert done.returncode == 1
+        lines = done.stderr.decode().splitlines()
+        assert rf"{folder}/\x1b[2J\x1b]0;owned\x07" in lines[0]
+        assert lines[1].startswith(r"    capfilt: all is well \udcff.parquet: not readable as Parquet")
