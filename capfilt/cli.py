@@ -408,10 +408,8 @@ def main() -> None:
 
 def _fail(error: Exception, message: str, code: int, tracebacks: Sequence[str] = (), hint: str = "") -> NoReturn:
     if logs.begun():
-        logs.event(
-            *("failed", logging.ERROR),
-            **{"error": type(error).__name__, "message": message, "exit_code": code, "traceback": "".join(tracebacks)},
-        )
+        kind, trace = type(error).__name__, "".join(tracebacks)
+        logs.event("failed", logging.ERROR, error=kind, message=message, exit_code=code, traceback=trace)
     else:
         for trace in tracebacks:
             say(trace.rstrip(), err)

@@ -71,6 +71,7 @@ HEAVY = "import sys; sys.exit(', '.join(m for m in ('torch', 'ray', 'transformer
         "import capfilt",
         "import capfilt.dataset, capfilt.plan, capfilt.receipts, capfilt.fragments, capfilt.images, capfilt.toyweb",
         "import capfilt.examples, capfilt.evaluate, capfilt.weights",
+        "import capfilt.lease, capfilt.records, capfilt.logs, capfilt.printing",
         "import capfilt.truth, capfilt.testset, capfilt.quality, capfilt.tables",
         "from typer.testing import CliRunner as R; from capfilt.cli import app; R().invoke(app, ['--help']).stdout[99]",
     ],

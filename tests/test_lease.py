@@ -346,6 +346,39 @@ def test_an_answer_that_was_lost_is_not_another_run() -> None:
         fsspec.filesystem("memory").rm("/lease-lost-answer", recursive=True)
 
 
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+    """Storage options of a server on loopback that speaks S3, with a bucket `bucket`."""
+    server = pytest.importorskip("moto.server", reason="pip install 'moto[server]'").ThreadedMotoServer(
+        "127.0.0.1", port=0, verbose=False
+    )
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "only for loopback")
+    server.start()
+    options = {"endpoint_url": "http://{}:{}".format(*server.get_host_and_port())}
+    fsspec.filesystem("s3", **options).mkdir("bucket")
+    yield options
+    server.stop()
+
+
+def test_on_s3_one_creates_the_file_and_the_other_hears_so(s3: dict[str, Any]) -> None:
+    output = "s3://bucket/out"
+    files = Files(output, s3)
+    assert [files.create(1, text, "mine") for text in (b"{}", b"[]")] == [True, False]  # If-None-Match: *
+    assert files.newest().text == b"{}"
+    files.remove(1)
+    with Lease(output, s3, "a", 0.6):
+        with pytest.raises(LeaseHeldError, match="held by run a on "):
+            Lease(output, s3, "b").look()
+        time.sleep(0.3)
+        now = standing(output, s3).holder
+        assert now is not None
+        assert now.beat > 0
+    with Lease(output, s3, "b", 0.6):
+        assert standing(output, s3).number == 2
+    assert standing(output, s3).free
+
+
 def test_a_store_that_refuses_is_heard(output: str) -> None:
     Path(output).mkdir(parents=True)
     (Path(output) / "_runs").write_text("a file where a directory must be")
