@@ -1,25 +1,31 @@
 """The command line: parse, call one function, print. Loads neither torch nor ray until a run begins.
 
-Exit codes: 0 done, 1 failed, 2 bad usage or spec, 3 stopped by the error budget, 130 interrupted.
+Exit codes: 0 done, 1 failed, 2 bad usage or spec, 3 stopped by the error budget, 4 another run holds
+the output, 130 interrupted.
 """
 
 from __future__ import annotations
 
+import json
+import logging
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 
+from capfilt import logs
 from capfilt.errors import (
     CapfiltError,
     CheckpointError,
+    ConflictError,
     ErrorBudgetError,
     InputError,
     RunInterruptedError,
@@ -27,14 +33,14 @@ from capfilt.errors import (
 )
 from capfilt.printing import (
     NO_INPUT,
-    err,
     print_bootstrap,
     print_dataset,
     print_demo,
     print_evaluation,
+    print_holder,
+    print_runs,
     print_summary,
     print_training,
-    say,
 )
 from capfilt.spec import (
     BootstrapSpec,
@@ -54,6 +60,7 @@ from capfilt.spec import (
     load_spec,
     output_location,
 )
+from capfilt.terminal import err, say
 
 if TYPE_CHECKING:
     from capfilt.fragments import Layout
@@ -109,6 +116,7 @@ def _curate(spec: CurateSpec) -> Summary:
     summaries: list[Summary] = []
     try:
         with _native_noise_in_a_file() as console:
+            console.quiet = logs.begun()  # it says all of it in events
             return curate(spec, console=console, report=summaries.append)
     except KeyboardInterrupt:
         message = "interrupted; what was finished is kept. Run the same command again to resume"
@@ -131,9 +139,9 @@ def _native_noise_in_a_file() -> Iterator[Console]:
     done = False
     try:
         with os.fdopen(os.dup(real), "w") as stream:
-            yield Console(file=stream, soft_wrap=True)
+            yield logs.console() if logs.begun() else Console(file=stream, soft_wrap=True)
         done = True
-    except (KeyboardInterrupt, ErrorBudgetError, SpecError, CheckpointError):  # Ray had no part in these
+    except (KeyboardInterrupt, ConflictError, ErrorBudgetError, SpecError, CheckpointError):  # Ray had no part in these
         done = True
         raise
     finally:
@@ -274,10 +282,29 @@ def plan(spec: SpecFile, overrides: Overrides = None) -> None:
 
 @app.command()
 def status(output: Output) -> None:
-    """Say what a curated dataset holds, from its tables alone."""
+    """Say what a curated dataset holds, from its tables alone, and which run holds it."""
+    from capfilt.dataset import CuratedDataset
+    from capfilt.holder import standing
+
+    place = _place(output)
+    print_dataset(CuratedDataset.for_reading(*place))
+    print_holder(standing(*place))
+
+
+@app.command()
+def runs(
+    output: Output,
+    last: Annotated[int, typer.Option(help="Of the newest runs, so many.", min=1)] = 20,
+    as_json: Annotated[bool, typer.Option("--json", help="All that is on record of them, for machines.")] = False,
+) -> None:
+    """List the runs on record: when, how long, what came of it, and what it cost."""
     from capfilt.dataset import CuratedDataset
 
-    print_dataset(CuratedDataset.for_reading(*_place(output)))
+    records = CuratedDataset.for_reading(*_place(output)).runs(last)
+    if as_json:
+        typer.echo(json.dumps([record.as_json() for record in records], indent=1))
+    else:
+        print_runs(records)
 
 
 def _place(output: str) -> tuple[str, dict[str, Any]]:
@@ -295,13 +322,15 @@ def vacuum(
 ) -> None:
     """Delete files that only versions older than --hours use; those versions can no longer be read then.
 
-    A run that is writing to the output meanwhile is stopped by it, with nothing lost.
+    Refused, with exit code 4, while a run holds the output.
     """
     from capfilt.dataset import CuratedDataset
+    from capfilt.lease import Lease
 
     place, options = _place(output)
     CuratedDataset.for_reading(place, options)  # which makes none, where the name is mistyped
-    removed = CuratedDataset.for_writing(place, options).vacuum(retain_hours=hours)
+    with Lease(place, options, "vacuum", say=lambda line: say(f"capfilt: {line}", err)):
+        removed = CuratedDataset.for_writing(place, options).vacuum(retain_hours=hours)
     say(f"{removed:,} files removed")
 
 
@@ -366,18 +395,28 @@ def demo(
 def main() -> None:
     """The `capfilt` command: prints an error in one line and exits with its code. A bug shows its traceback."""
     try:
+        logs.begin()
         app()
     except CapfiltError as error:
-        for traceback in getattr(error, "__notes__", ()):  # a worker's, of what no one foresaw
-            say(traceback.rstrip(), err)
-        say(f"capfilt: {error}", err)
-        sys.exit(error.exit_code)
-    except Exception as error:
+        _fail(error, str(error), error.exit_code, getattr(error, "__notes__", ()))  # a worker's, of what no one foresaw
+    except Exception as error:  # noqa: BLE001 - reported, with its traceback where no one foresaw it
         from deltalake.exceptions import DeltaError
 
-        if not isinstance(error, OSError | DeltaError):
-            raise
         message = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
-        say(f"capfilt: {type(error).__name__}: {message}", err)
-        say("what was finished is kept; mend this and run again to resume", err)
-        sys.exit(1)
+        message = f"{type(error).__name__}: {message}"
+        if isinstance(error, OSError | DeltaError):
+            _fail(error, message, 1, hint="what was finished is kept; mend this and run again to resume")
+        _fail(error, message, 1, [traceback.format_exc()], "this is a bug of capfilt; what was finished is kept")
+
+
+def _fail(error: Exception, message: str, code: int, tracebacks: Sequence[str] = (), hint: str = "") -> NoReturn:
+    if logs.begun():
+        kind, trace = type(error).__name__, "".join(tracebacks)
+        logs.event("failed", logging.ERROR, error=kind, message=message, exit_code=code, traceback=trace)
+    else:
+        for trace in tracebacks:
+            say(trace.rstrip(), err)
+        say(f"capfilt: {message}", err)
+        if hint:
+            say(hint, err)
+    sys.exit(code)

@@ -48,6 +48,8 @@ from deltalake.transaction import AddAction, RemoveAction
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from capfilt.errors import ConflictError, DatasetError
+from capfilt.records import RUN, RunRecord, read_records
+from capfilt.redaction import redacted
 from capfilt.schema import ANNOTATIONS, PAIRS, PROVENANCE, QUARANTINE, SHARD, table_schema
 from capfilt.stores import blamed, connect, delta_options, one_line, persist, refuses_to_overwrite, transient
 
@@ -57,7 +59,7 @@ DIRECTORIES = {ANNOTATIONS: "annotations", PAIRS: "pairs", QUARANTINE: "_runs/qu
 _APP = "capfilt"
 _FOLLOWERS = (PAIRS, QUARANTINE)
 _CLOSED = "closed"
-_RESERVED = {"quarantine", "receipts", _CLOSED}  # folders of _runs/ that are no run's
+_RESERVED = {"quarantine", "receipts", "lease", _CLOSED}  # folders of _runs/ that are no run's
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _FILE_NAME = re.compile(r"(?P<start>\d+)-(?P<stop>\d+)-(?P<run>.+)-[^-]+\.parquet")
 _FOREVER = "interval 36500 days"
@@ -266,11 +268,17 @@ class CuratedDataset:
         self._writable()
         if not _NAME.fullmatch(run) or run in _RESERVED:
             raise DatasetError(f"run {run!r}: letters, digits, '.', '_' and '-' only, and none of {sorted(_RESERVED)}")
-        self.write_run_file(run, "run.json", record)
+        self.write_run_file(run, RUN, record)
 
     def write_run_file(self, run: str, name: str, record: Mapping[str, Any]) -> None:
-        """Write `_runs/<run>/<name>` as JSON."""
-        self._put(f"_runs/{run}/{name}", json.dumps(record, indent=2).encode())
+        """Write `_runs/<run>/<name>` as JSON, without secrets."""
+        self._put(f"_runs/{run}/{name}", json.dumps(redacted(record), indent=2).encode())
+
+    def runs(self, last: int | None = None) -> list[RunRecord]:
+        """What runs left on record, the newest first; all if `last` is None."""
+        fs, root = self._filesystem()
+        names = sorted(self._names("_runs") - _RESERVED, reverse=True)
+        return read_records(self.output, self._options, fs, root, names[:last])
 
     def closed_runs(self) -> set[str]:
         """Runs whose uncommitted files no one may commit any more: vacuum may have deleted them."""

@@ -7,7 +7,9 @@
     ├── ImageError         one image cannot be used; carries its reason
     ├── CheckpointError    a checkpoint cannot be found, trusted or loaded
     ├── DatasetError       the output tables are not what they should be
-    │   └── ConflictError  another driver commits to the same output
+    │   └── ConflictError  another run writes to the same output     exit 4
+    │       ├── LeaseHeldError  it holds the output; nothing was done
+    │       └── LeaseLostError  it took the output over
     ├── TrainingError      a training run cannot go on
     ├── ErrorBudgetError   too many rows are errors                      exit 3
     └── RunInterruptedError  Ctrl-C or SIGTERM, on the command line    exit 130
@@ -66,7 +68,17 @@ class DatasetError(CapfiltError):
 
 
 class ConflictError(DatasetError):
-    """Another driver committed to the same output; this one must stop and start again."""
+    """Another run writes to the same output; this one must stop, and may start again when that has ended."""
+
+    exit_code = 4
+
+
+class LeaseHeldError(ConflictError):
+    """Another run holds the output; this one has done nothing."""
+
+
+class LeaseLostError(ConflictError):
+    """Another run took the output over, because this one gave no sign of life for too long."""
 
 
 class TrainingError(CapfiltError):

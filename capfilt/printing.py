@@ -2,37 +2,28 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rich.table import Column, Table
 
 from capfilt.tables import report_table
+from capfilt.terminal import out, say, shown
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from capfilt.dataset import CuratedDataset
     from capfilt.demo import Findings
+    from capfilt.holder import Standing
     from capfilt.pipelines.bootstrap import BootstrapSummary
     from capfilt.pipelines.curate import Summary
     from capfilt.pipelines.evaluate import Report
     from capfilt.pipelines.train import TrainSummary
     from capfilt.quality import DatasetQuality
-
-out = Console(soft_wrap=True)
-err = Console(stderr=True, soft_wrap=True)
+    from capfilt.records import RunRecord
 
 NO_INPUT = "no input is left: every file that input.paths matches lies in the output, {output}"
-
-
-def say(line: str, console: Console = out) -> None:
-    """Print a line, its control characters replaced."""
-    console.print(Text(printable(line)), highlight=False)
-
-
-def printable(text: str) -> str:
-    """Without control characters: file names and captions are strangers' text, and terminals obey escapes."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def print_summary(summary: Summary) -> None:
@@ -50,12 +41,12 @@ def print_summary(summary: Summary) -> None:
         rows.add_row(f"{count:,}", f"{name} ({count / max(1, counts.rows):.1%})")
     for reason, count in summary.reasons.most_common():
         if ":" not in reason and reason != "kept":
-            rows.add_row(f"{count:,}", f"  {reason}")
+            rows.add_row(f"{count:,}", shown(f"  {reason}"))
     out.print(rows)
     texts = Table("texts", "source", "verdict")
     for reason, count in sorted(summary.reasons.items()):
         if ":" in reason:
-            texts.add_row(f"{count:,}", *reason.split(":"))
+            texts.add_row(f"{count:,}", *map(shown, reason.split(":")))
     if texts.row_count:
         out.print(texts)
     for stage, pace in summary.stages.items():
@@ -86,9 +77,40 @@ def print_dataset(dataset: CuratedDataset) -> None:
     say(f"{len(states):,} shards, {sum(state.rows for state in states):,} rows")
     table = Table("rows", "status", "reason")
     for (state, reason), count in dataset.reasons().items():
-        table.add_row(f"{count:,}", state, reason or "")
+        table.add_row(f"{count:,}", shown(state), shown(reason or ""))
     out.print(table)
     say_where(dataset.output)
+
+
+def print_holder(lease: Standing) -> None:
+    """Who holds a dataset, if anyone does."""
+    if lease.free:
+        return
+    if lease.holder is None:
+        say("held by a run that has just begun, or broke off while it did")
+        return
+    lives = {True: "held by", False: "left by a run that died:", None: "held, as far as can be told from here, by"}
+    say(f"{lives[lease.holder.lives()]} {lease.holder}")
+
+
+def print_runs(records: Sequence[RunRecord]) -> None:
+    """Runs on record, the newest first."""
+    table = Table("run", "started", "outcome")
+    for column in ("took", "shards", "rows", "images/s", "errors", "GPU s", "CPU s"):
+        table.add_column(column, justify="right")
+    for one in records:
+        took = "" if one.seconds is None else str(timedelta(seconds=round(one.seconds)))
+        speed = "" if one.images_per_second is None else f"{one.images_per_second:,.1f}"
+        cost = [one.device_seconds.get(name) for name in ("gpu_held", "cpu_held")]
+        table.add_row(
+            *map(shown, (one.run, one.started or "", one.outcome.partition(":")[0], took)),
+            *(f"{count:,}" for count in (one.shards, one.rows)),
+            *(speed, f"{one.errors:,}"),
+            *("" if seconds is None else f"{seconds:,.0f}" for seconds in cost),
+        )
+    out.print(table)
+    if not records:
+        say("no run is on record")
 
 
 def say_where(output: str) -> None:
@@ -99,7 +121,7 @@ def say_where(output: str) -> None:
 def print_training(summary: TrainSummary) -> None:
     """What a training run did."""
     last = summary.last
-    table = Table(f"{summary.kind} {summary.name}", "")
+    table = Table(Column(shown(f"{summary.kind} {summary.name}")), "")
     table.add_row("steps", f"{summary.steps:,}")
     table.add_row("rows an epoch", f"{summary.rows:,}")
     if summary.resumed_at:
@@ -169,7 +191,7 @@ def print_demo(quality: DatasetQuality, found: Findings) -> None:
     for sample in found.samples:
         for number, (source, text, itm, kept, true) in enumerate(sample.texts):
             name = "" if number else str(sample.kind)
-            rows.add_row(name, source, printable(text), f"{itm:.3f}", "yes" if kept else "no", "yes" if true else "no")
+            rows.add_row(name, source, shown(text), f"{itm:.3f}", "yes" if kept else "no", "yes" if true else "no")
     out.print(rows)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
-from rich.text import Text
+
+from capfilt.terminal import shown
 
 Record = Mapping[str, Any]
 
@@ -28,7 +29,7 @@ def report_table(report: Record) -> list[Table]:
 
 
 def _titled(title: str, *columns: str) -> Table:
-    table = Table(title=Text(title), title_justify="left")  # a path is no markup
+    table = Table(title=shown(title), title_justify="left")
     for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number else "left")
     return table
@@ -38,7 +39,7 @@ def _pairs(pairs: Record) -> Table:
     table = _titled("test pairs", "", "rows")
     table.add_row(f"used: {pairs['images']:,} images, {pairs['texts']:,} texts", f"{pairs['texts']:,}")
     for reason, count in pairs["left_out"].items():
-        table.add_row(f"left out: {reason}", f"{count:,}")
+        table.add_row(shown(f"left out: {reason}"), f"{count:,}")
     return table
 
 
@@ -71,7 +72,7 @@ def _calibration(found: Record) -> Table:
     title = f"filter: {found['matched']:,} pairs, {found['shuffled']:,} shuffled"
     table = _titled(title, "", "")
     if found["problem"]:
-        table.add_row("no threshold", Text(found["problem"]))
+        table.add_row("no threshold", shown(found["problem"]))
     else:
         table.add_row("threshold", f"{found['threshold']:.4f}")
     for name in _OF_FILTER:

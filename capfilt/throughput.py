@@ -47,6 +47,17 @@ class Throughput:
         """
         return min(1.0, self.seconds.get("model", 0.0) / self._between) if self._between > 0 else None
 
+    def device_seconds(self, gpus: float, cpus: float) -> dict[str, float]:
+        """What the run's workers cost: each device's seconds from its worker's first batch to its last (`held`), and
+        those of them in which its models computed (`busy`). Loading models, and Ray's own start, are not in it.
+
+        Args:
+            gpus, cpus: of a worker.
+        """
+        spent = {"held": self._between, "busy": min(self.seconds.get("model", 0.0), self._between)}
+        devices = {"gpu": gpus, "cpu": cpus}
+        return {f"{name}_{how}": round(n * s, 3) for name, n in devices.items() for how, s in spent.items()}
+
     @property
     def bottleneck(self) -> str | None:
         """What more of would have made the run faster. None where nothing met the models.

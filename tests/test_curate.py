@@ -24,8 +24,9 @@ from rich.console import Console
 from stubs import POISON, load_dies, load_hash, load_loses_device, load_poison
 
 from capfilt.dataset import CuratedDataset
-from capfilt.errors import CapfiltError, ConflictError, DatasetError, ErrorBudgetError
+from capfilt.errors import CapfiltError, ConflictError, DatasetError, ErrorBudgetError, LeaseHeldError
 from capfilt.fragments import Fragment, read_rows
+from capfilt.holder import FOLDER
 from capfilt.models.tiny import write_tiny_pair
 from capfilt.pipelines import worker
 from capfilt.pipelines.curate import Execute, Summary, curate, in_process
@@ -552,6 +553,9 @@ def test_two_drivers_conflict_loudly_and_lose_nothing(make_spec: MakeSpec) -> No
 
     def overtaken(job: Job, work: Iterator[Fragment], load: LoadModels) -> Iterator[list[Receipt]]:
         receipts = list(in_process(job, work, load))
+        with pytest.raises(LeaseHeldError, match=f"held by run {job.run} on .* Nothing was done"):
+            run(spec)
+        shutil.rmtree(Path(spec.output) / FOLDER)  # as in a store that cannot create a file where there is none
         run(spec)  # another driver does it all meanwhile
         yield from receipts
 

@@ -100,6 +100,7 @@ CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("images__quarantine_bytes", 0, NONE),
     ("fragment_rows", 7, NONE),
     ("max_error_fraction", 0.5, NONE),
+    ("lease_seconds", 30, NONE),
     ("ray", {"num_cpus": 1}, NONE),
     ("output", "/elsewhere", NONE),
     ("input", {"paths": ["/other"]}, NONE),

@@ -12,10 +12,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "capfilt"
 
 LAYERS = [
-    {"errors", "schema", "spec", "text", "decide", "fingerprints", "weights", "evaluate", "throughput"},
+    {
+        *("errors", "schema", "spec", "text", "decide", "fingerprints", "weights", "evaluate", "throughput"),
+        *("terminal", "logs", "redaction"),
+    },
     {
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "pace", "toyweb", "examples"),
-        *("stores", "truth", "testset", "quality", "tables", "demo"),
+        *("stores", "truth", "testset", "quality", "tables", "demo", "holder", "lease", "records"),
     },
     {"models"},
     {"pipelines"},
@@ -68,6 +71,7 @@ HEAVY = "import sys; sys.exit(', '.join(m for m in ('torch', 'ray', 'transformer
         "import capfilt",
         "import capfilt.dataset, capfilt.plan, capfilt.receipts, capfilt.fragments, capfilt.images, capfilt.toyweb",
         "import capfilt.examples, capfilt.evaluate, capfilt.weights",
+        "import capfilt.lease, capfilt.records, capfilt.logs, capfilt.printing",
         "import capfilt.truth, capfilt.testset, capfilt.quality, capfilt.tables",
         "import capfilt.pace, capfilt.pipelines.curate, capfilt.pipelines.redecide",
         "from typer.testing import CliRunner as R; from capfilt.cli import app; R().invoke(app, ['--help']).stdout[99]",

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import datetime
 import itertools
+import logging
 import pickle
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Container, Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from rich.console import Console
@@ -25,14 +27,20 @@ from capfilt.errors import CapfiltError, ConflictError, DatasetError, ErrorBudge
 from capfilt.fingerprints import Fingerprints, run_fingerprints
 from capfilt.fragments import Footer, Fragment, Layout, cut, read_footer
 from capfilt.inputs import InputFile
+from capfilt.lease import Lease
+from capfilt.logs import event
 from capfilt.pace import Pace
 from capfilt.pipelines.job import Failure, Job, LoadModels, load_models
+from capfilt.pipelines.metrics import DriverMetrics
 from capfilt.pipelines.progress import Display
 from capfilt.pipelines.redecide import Redecision, redecide, redecisions
-from capfilt.pipelines.session import connected, interruptible, lacking, quiet, surroundings, uninterrupted
+from capfilt.pipelines.session import connected, interrupt, interruptible, lacking, quiet, surroundings, uninterrupted
+from capfilt.pipelines.watching import EventLog, Watcher, Watchers
 from capfilt.plan import Plan, Stage, make_plan, why_stale
 from capfilt.receipts import Receipt, adopt, discard, gaps, shard_commit, unfinished
+from capfilt.records import SUMMARY
 from capfilt.spec import CurateSpec
+from capfilt.terminal import say
 from capfilt.throughput import Throughput
 from capfilt.weights import inspect
 
@@ -66,7 +74,7 @@ class Summary:
         reasons: rows by reason, and texts by source and reason, of those shards.
         stages: what was done by the stage at which shards restarted, cheapest first.
         seconds: by stage, over all workers.
-        busy, bottleneck: see capfilt.throughput; none where nothing met the models.
+        busy, bottleneck, device_seconds: see capfilt.throughput; none where nothing met the models.
         failures: input files that could not be curated, each with what was wrong.
         gone: committed shards that are no longer among the inputs.
         outcome: `done`, or the error that ended the run.
@@ -86,6 +94,7 @@ class Summary:
     seconds: dict[str, float] = field(default_factory=dict)
     busy: float | None = None
     bottleneck: str | None = None
+    device_seconds: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     gone: int = 0
     outcome: str = "running"
@@ -111,46 +120,71 @@ def curate(
 
     Raises:
         CheckpointError: a checkpoint cannot be used.
-        ConflictError: another driver committed to the output.
+        ConflictError: another run holds the output, took it over, or committed to it.
         ErrorBudgetError: more rows are errors than the spec allows; what was good is committed.
         InputError: the inputs cannot be listed.
         KeyboardInterrupt: after committing what is finished.
     """
     begin = time.monotonic()
+    run = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+    console = console or Console(stderr=True)
+    lease = _lease(spec, run, console)
+    lease.look()
     fingerprints = run_fingerprints(spec)
     # Planned before anything is made: a mistyped input leaves nothing behind.
-    plan = make_plan(spec, fingerprints, CuratedDataset.committed_in(spec.output, spec.output_options))
+    plan = _plan(spec, fingerprints)
     if load is load_models:
         for captioner in spec.captioners if plan.at(Stage.CAPTION) else ():
             inspect(captioner)
         for filter_ in spec.filters if plan.models else ():
             inspect(filter_)
-    dataset = CuratedDataset.for_writing(spec.output, spec.output_options)
-    run = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
-    summary = Summary(run, spec.output, fingerprints, skipped=len(plan.done), gone=len(plan.gone))
     work = bool(plan.todo) or unfinished(spec.output, spec.output_options)
-    try:
-        if work:
-            dataset.register(run, _record(spec, fingerprints, plan))
-            job = Job(spec, fingerprints, run)
-            display = Display(console or Console(stderr=True), spec.placement.max_actors)
-            with interruptible(), display:
-                if plan.todo:
-                    _Driver(job, dataset, plan, display, summary).run(execute or on_ray, load)
-                dataset.vacuum()
-                discard(spec.output, spec.output_options, dataset.closed_runs())
-        summary.outcome = "done"
-        return summary
-    except BaseException as error:
-        summary.outcome = f"{type(error).__name__}: {error}"
-        raise
-    finally:
-        summary.elapsed = time.monotonic() - begin
-        summary.versions = dataset.versions()
-        if report:
-            report(summary)
-        if work:
-            _write_summary(dataset, summary)
+    with lease if work else nullcontext():
+        if lease.contended:
+            plan = _plan(spec, fingerprints)
+        dataset = CuratedDataset.for_writing(spec.output, spec.output_options)
+        if lease.unsure:
+            dataset.commit([])  # whoever had the lease, and may yet wake, can commit no more
+        summary = Summary(run, spec.output, fingerprints, skipped=len(plan.done), gone=len(plan.gone))
+        try:
+            if work:
+                dataset.register(run, _record(spec, fingerprints, plan))
+                event("run_started", run=run, output=spec.output, shards=len(plan.todo), up_to_date=len(plan.done))
+                job = Job(spec, fingerprints, run)
+                display = Display(console, spec.placement.max_actors)
+                watchers = Watchers(
+                    display, DriverMetrics(run, spec.ray.watched, partial(_tell, console)), EventLog(run)
+                )
+                with interruptible(), display:
+                    if plan.todo:
+                        _Driver(job, dataset, plan, watchers, summary, lease).run(execute or on_ray, load)
+                    dataset.vacuum()
+                    discard(spec.output, spec.output_options, dataset.closed_runs())
+            summary.outcome = "done"
+            return summary
+        except BaseException as error:
+            summary.outcome = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            summary.elapsed = time.monotonic() - begin
+            summary.versions = dataset.versions()
+            _log_end(summary)
+            if report:
+                report(summary)
+            if work:
+                _write_summary(dataset, summary)
+
+
+def _lease(spec: CurateSpec, run: str, console: Console) -> Lease:
+    return Lease(spec.output, spec.output_options, run, spec.lease_seconds, partial(_tell, console), interrupt)
+
+
+def _tell(console: Console, line: str) -> None:
+    say(f"capfilt: {line}", console)
+
+
+def _plan(spec: CurateSpec, fingerprints: Fingerprints) -> Plan:
+    return make_plan(spec, fingerprints, CuratedDataset.committed_in(spec.output, spec.output_options))
 
 
 def _record(spec: CurateSpec, fingerprints: Fingerprints, plan: Plan) -> dict[str, Any]:
@@ -163,10 +197,22 @@ def _record(spec: CurateSpec, fingerprints: Fingerprints, plan: Plan) -> dict[st
     }
 
 
+def _log_end(summary: Summary) -> None:
+    level = logging.INFO if summary.outcome == "done" else logging.ERROR
+    did = {
+        "shards": summary.shards,
+        "rows": summary.counts.rows,
+        **asdict(summary.counts),
+        "up_to_date": summary.skipped,
+    }
+    cost = {"seconds": round(summary.elapsed, 3), "device_seconds": summary.device_seconds}
+    event("run_ended", level, run=summary.run, outcome=summary.outcome, **did, **cost, failed=len(summary.failures))
+
+
 def _write_summary(dataset: CuratedDataset, summary: Summary) -> None:
     """Keep the summary in _runs/; where the run itself failed, a store that refuses is not the error to hear of."""
     try:
-        dataset.write_run_file(summary.run, "summary.json", _as_json(summary))
+        dataset.write_run_file(summary.run, SUMMARY, _as_json(summary))
     except Exception:
         if summary.outcome == "done":
             raise
@@ -181,8 +227,11 @@ def _as_json(summary: Summary) -> dict[str, Any]:
 class _Driver:
     """Follows shards from plan to commit."""
 
-    def __init__(self, job: Job, dataset: CuratedDataset, plan: Plan, display: Display, summary: Summary) -> None:
+    def __init__(
+        self, job: Job, dataset: CuratedDataset, plan: Plan, display: Watcher, summary: Summary, lease: Lease
+    ) -> None:
         self.job, self.dataset, self.plan, self.display, self.summary = job, dataset, plan, display, summary
+        self.lease = lease
         self._receipts: dict[str, list[Receipt]] = {}  # of shards not yet complete
         self._ready: list[_Complete] = []
         self._held: list[_Complete] = []  # over the budget by themselves; committed if the run as a whole is not
@@ -319,6 +368,8 @@ class _Driver:
             return False
         self._throughput.add(receipt.worker, receipt.seconds, receipt.on_models)
         self.summary.busy, self.summary.bottleneck = self._throughput.busy, self._throughput.bottleneck
+        placement = self.job.spec.placement
+        self.summary.device_seconds = self._throughput.device_seconds(placement.gpus, placement.cpus)
         self.display.update(receipt)
         self._count(receipt)
         return True
@@ -347,6 +398,7 @@ class _Driver:
         if self._paths[shard] not in self.summary.failures:
             self.summary.failures[self._paths[shard]] = message
             self._budget.lost_a_file(self._receipts.pop(shard, []))
+            self.display.failed(shard, message)
 
     # --- the error budget ---
 
@@ -369,6 +421,7 @@ class _Driver:
 
     def _commit(self) -> None:
         begin = time.monotonic()
+        self.lease.check()
         if self._ready:
             with uninterrupted():
                 complete, self._ready = self._ready, []
@@ -377,6 +430,7 @@ class _Driver:
                 for one in complete:
                     self.summary.counts += one.shard.counts
                     self.summary.reasons.update(one.reasons)
+                self.display.committed([one.shard for one in complete], time.monotonic() - begin)
         self._last_commit = time.monotonic()
         self._commit_took = self._last_commit - begin
 

@@ -39,6 +39,7 @@ from capfilt.models.squares import squares
 from capfilt.pipelines.run_files import write_json
 from capfilt.quality import DatasetQuality, measure_quality
 from capfilt.spec import CaptionerCard, EvaluateSpec, FilterCard, Sampling
+from capfilt.terminal import say
 from capfilt.testset import LabelledImage, LabelledImages, read_test_set
 from capfilt.truth import Judge, read_truth
 
@@ -254,14 +255,14 @@ class _Parts:
         """Yields what says how far the part has come, not too often."""
         begin = last = time.perf_counter()
 
-        def say(progress: str) -> None:
+        def told(progress: str) -> None:
             nonlocal last
             if time.perf_counter() - last > SAY_SECONDS:
                 last = time.perf_counter()
-                self._console.print(f"{name}: {progress}", markup=False, highlight=False)
+                say(f"{name}: {progress}", self._console)
 
-        self._console.print(f"{name}: {what}", markup=False, highlight=False)
+        say(f"{name}: {what}", self._console)
         try:
-            yield say
+            yield told
         finally:
             self.seconds[name] += time.perf_counter() - begin

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
+from dataclasses import asdict
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from capfilt.dataset import Counts
+from capfilt.logs import event
+from capfilt.pipelines.watching import Watcher
 from capfilt.receipts import Receipt
+from capfilt.terminal import say
 
 _WINDOW_SECONDS = 60.0
 
 
-class Display:
+class Display(Watcher):
     """Shows rows, images/s over the last minute, kept and error fractions, actors and time left.
 
     Args:
@@ -92,9 +97,11 @@ class Display:
         elif now - self._last_line >= self._plain_seconds:
             self._last_line = now
             self._say(f"{self.line()}{self._left()}")
+            counts = {"rows": self._counts.rows, "of": max(self._total, self._counts.rows), **asdict(self._counts)}
+            event("progress", **counts, images_per_second=round(self._rate(), 2), actors=len(set(self._workers)))
 
     def _say(self, line: str) -> None:
-        self._console.print(f"capfilt: {line}", markup=False, highlight=False, soft_wrap=True)
+        say(f"capfilt: {line}", self._console)
 
     def _say_when_silent(self) -> None:
         """A cluster may be waiting for machines; a log without lines looks like a hang."""
@@ -102,6 +109,7 @@ class Display:
             silent = time.monotonic() - self._history[-1][0]
             if silent >= self._silent_seconds:
                 self._say(f"no fragment has finished for {silent:,.0f} s; {self.line()}")
+                event("silence", logging.WARNING, rows=self._counts.rows, seconds=round(silent))
 
     def line(self) -> str:
         """The state in one line."""

@@ -12,6 +12,7 @@ import ray
 from capfilt.fragments import Fragment
 from capfilt.pipelines.attempts import Attempts
 from capfilt.pipelines.job import Failure, Job, LoadModels
+from capfilt.pipelines.metrics import count_batches
 from capfilt.pipelines.worker import DeviceLostError, Worker
 from capfilt.receipts import Receipt
 
@@ -63,7 +64,7 @@ class RayWorker:
     """One fragment in, its receipts out: a block of one row each. What a worker raises comes out as a row, too."""
 
     def __init__(self, job: Job, load: LoadModels, attempts: Any) -> None:
-        self._worker = Worker(job, load, RemoteAttempts(attempts))
+        self._worker = Worker(job, load, RemoteAttempts(attempts), count_batches(job.run))
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Process the batch's one fragment."""

@@ -23,11 +23,8 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM)
 def interruptible() -> Iterator[None]:
     """SIGTERM, which is how clusters say stop, ends a run as Ctrl-C does."""
 
-    def stop(signum: int, _: object) -> None:
-        raise KeyboardInterrupt(signal.Signals(signum).name)
-
     try:
-        before = signal.signal(signal.SIGTERM, stop)
+        before = signal.signal(signal.SIGTERM, _stop)
     except ValueError:  # not the main thread: whoever owns the signals handles them
         yield
         return
@@ -35,6 +32,16 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _stop(signum: int, _: object) -> None:
+    raise KeyboardInterrupt(signal.Signals(signum).name)
+
+
+def interrupt() -> None:
+    """End the run of this process as Ctrl-C does, from any thread, if it is interruptible just now."""
+    if signal.getsignal(signal.SIGTERM) is _stop:
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextmanager
@@ -78,7 +85,7 @@ def connected(settings: Ray, cpus: int | None = None) -> Iterator[None]:
                 address=settings.address,
                 log_to_driver=False,
                 logging_level="ERROR",
-                **({"num_cpus": settings.num_cpus or cpus, "include_dashboard": False} if local else {}),
+                **(_local(settings, cpus) if local else {}),
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise CapfiltError(
@@ -88,6 +95,12 @@ def connected(settings: Ray, cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _local(settings: Ray, cpus: int | None) -> dict[str, Any]:
+    """Options of a Ray of our own."""
+    port = {"_metrics_export_port": settings.metrics_port} if settings.metrics_port else {}
+    return {"num_cpus": settings.num_cpus or cpus, "include_dashboard": False, **port}
 
 
 def lacking(have: Mapping[str, float], **need: float) -> dict[str, float]:

@@ -17,6 +17,7 @@ from rich.console import Console
 from capfilt.errors import CapfiltError, ErrorBudgetError
 from capfilt.pipelines.run_files import read_record, write_json
 from capfilt.spec import RunSpec
+from capfilt.terminal import say
 
 _LOOK_SECONDS = 0.2
 _STOP_SECONDS = 30.0
@@ -109,7 +110,7 @@ def to_begin(stages: Sequence[Stage], done: Container[str], running: Sequence[St
 
 
 def _say(console: Console, line: str) -> None:
-    console.print(f"capfilt: {line}", markup=False, highlight=False, soft_wrap=True)
+    say(f"capfilt: {line}", console)
 
 
 class _Running:

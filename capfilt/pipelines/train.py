@@ -32,6 +32,7 @@ from capfilt.pipelines.session import connected, interruptible, lacking, surroun
 from capfilt.pipelines.train_worker import Task, of_first_rank, train_here
 from capfilt.pipelines.training_progress import TrainingDisplay
 from capfilt.spec import PairSource, PretrainSpec, TrainSpec
+from capfilt.terminal import say
 
 _TUNING = {"lr", "min_lr", "decay_rate", "warmup_steps", "warmup_lr", "weight_decay", "clip_norm"}
 _MAY_CHANGE: dict[str, Any] = {
@@ -88,7 +89,7 @@ def train(spec: TrainSpec, *, console: Console | None = None) -> TrainSummary:
         if _missing(spec):
             console = console or Console(stderr=True)
             if said := oversized(task.data.parts):
-                console.print(f"capfilt: {said}", markup=False, highlight=False, soft_wrap=True)
+                say(f"capfilt: {said}", console)
             display = TrainingDisplay(console, output, summary.resumed_at, task.total)
             with interruptible(), display:
                 _fit(task, console)
@@ -213,7 +214,7 @@ def _check_capacity(spec: TrainSpec, console: Console) -> None:
                 f"{' (or raise ray.num_cpus)' if name == 'cpus' else ''}, or join a cluster with ray.address"
             )
         line = f"capfilt: {asked} and the cluster has {there:g} free; the run waits until it has more"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line, console)
 
 
 def _fit_on_ray_train(task: Task) -> None:

@@ -12,6 +12,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from capfilt.terminal import say
+
 _LOSSES = ("itc", "itm", "lm")
 
 
@@ -67,7 +69,7 @@ class TrainingDisplay:
         lines = self.news()
         for line in lines:
             if "warning" in line:
-                self._console.print(f"capfilt: {line['warning']}", markup=False, highlight=False, soft_wrap=True)
+                say(f"capfilt: {line['warning']}", self._console)
         steps = [line for line in lines if "warning" not in line]
         if not steps:
             return
@@ -76,7 +78,7 @@ class TrainingDisplay:
             self._live.update(self._task, completed=steps[-1]["step"], line=said)
         else:
             step = f"step {steps[-1]['step']:,} of {self._total:,}"
-            self._console.print(f"capfilt: {step}  {said}", markup=False, highlight=False, soft_wrap=True)
+            say(f"capfilt: {step}  {said}", self._console)
 
     def news(self) -> list[dict[str, Any]]:
         """Whole lines since the last look, of steps not shown yet. Workers that begin anew write another file."""

@@ -18,7 +18,7 @@ import socket
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
@@ -122,10 +122,17 @@ class Worker:
         job: the run.
         load: makes the models; on first use, so that what goes wrong surfaces as that call's error.
         attempts: the ledger of what died; a run's workers share one.
+        on_batch: called with images and seconds of each batch that was on the models.
     """
 
-    def __init__(self, job: Job, load: LoadModels = load_models, attempts: Attempts | None = None) -> None:
-        self.job = job
+    def __init__(
+        self,
+        job: Job,
+        load: LoadModels = load_models,
+        attempts: Attempts | None = None,
+        on_batch: Callable[[int, float], None] = lambda *_: None,
+    ) -> None:
+        self.job, self._on_batch = job, on_batch
         self.attempts = attempts or Attempts()
         self._load = load
         self._models: Models | None = None
@@ -251,8 +258,10 @@ class Worker:
                         on_models.append(time.time())
                         begin = time.perf_counter()
                         self._judge([batch[n] for n in rows], images)
-                        seconds["model"] += time.perf_counter() - begin
+                        spent = time.perf_counter() - begin
+                        seconds["model"] += spent
                         on_models.append(time.time())
+                        self._on_batch(len(rows), spent)
                     self._free.append(buffers)
                     begin = time.perf_counter()
                     for item in batch:

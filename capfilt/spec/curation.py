@@ -80,6 +80,13 @@ class CurateSpec(Model):
         description="Error rows tolerated, as a fraction of the run's rows. A run of which, after 10,000 rows or more, "
         "most are errors stops early, too.",
     )
+    lease_seconds: int = Field(
+        default=60,
+        ge=5,
+        le=3600,
+        description="A run holds its output. One on another machine that gives no sign of life for so long loses it to "
+        "the next run.",
+    )
     ray: Ray = Ray()
 
     @field_validator("captioners", "filters")

@@ -151,6 +151,17 @@ class Ray(Model):
 
     address: str = Field(default="local", description="`local` starts one here; `auto` or an address joins a cluster.")
     num_cpus: int | None = Field(default=None, ge=1, description="CPUs of a local Ray; all cores if not given.")
+    metrics_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65535,
+        description="Of a local Ray: where Prometheus finds its metrics, at /metrics. Needs capfilt[cluster].",
+    )
+
+    @property
+    def watched(self) -> bool:
+        """Whether someone is meant to read this Ray's metrics."""
+        return self.address != "local" or self.metrics_port is not None
 
 
 def output_location(text: str) -> str:

@@ -1,0 +1,99 @@
+"""What each run left on record, in `<output>/_runs/<run>/`: `run.json` at its start, `summary.json` at its end.
+
+`run.json` holds the resolved spec, fingerprints, versions of packages, host, process and start, and why shards were to
+be curated. `summary.json` holds counts, reasons, seconds by stage, device-seconds, failures, versions of the tables,
+outcome and end. A run that died has the first only. A run that found nothing to do leaves neither.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from capfilt.holder import standing
+
+RUN, SUMMARY = "run.json", "summary.json"
+RUNNING, DIED = "running", "no end recorded"
+
+_THREADS = 16
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run on record.
+
+    Attributes:
+        started, ended: times, ISO 8601; `ended` is None where no end is recorded.
+        outcome: `done`, the error that ended the run, RUNNING or DIED.
+        seconds: from start to end.
+        shards, rows, kept, dropped, errors: of the shards that the run committed.
+        device_seconds: see capfilt.throughput.Throughput.device_seconds.
+        details: all that its files hold.
+    """
+
+    run: str
+    started: str | None
+    ended: str | None
+    outcome: str
+    host: str | None = None
+    seconds: float | None = None
+    shards: int = 0
+    rows: int = 0
+    kept: int = 0
+    dropped: int = 0
+    errors: int = 0
+    device_seconds: Mapping[str, float] = field(default_factory=dict)
+    details: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Over the whole run, its start-up included."""
+        return self.rows / self.seconds if self.seconds else None
+
+    def as_json(self) -> dict[str, Any]:
+        """For machines: these fields, then all others on record."""
+        own = {name: value for name, value in asdict(self).items() if name != "details"}
+        return {**own, "images_per_second": self.images_per_second, "details": dict(self.details)}
+
+
+def read_records(output: str, options: Mapping[str, Any], fs: Any, root: str, runs: Iterable[str]) -> list[RunRecord]:
+    """The records of runs, in the order given.
+
+    Args:
+        fs, root: the output's file system, and its place there.
+    """
+    lease = standing(output, options)
+    holder = None if lease.free else lease.holder
+    alive = holder.run if holder and holder.lives() is not False else None
+    with ThreadPoolExecutor(_THREADS) as pool:
+        return list(pool.map(lambda run: _record(run, fs, f"{root}/_runs/{run}", alive), runs))
+
+
+def _record(run: str, fs: Any, folder: str, alive: str | None) -> RunRecord:
+    begun, summary = _read(fs, f"{folder}/{RUN}"), _read(fs, f"{folder}/{SUMMARY}")
+    counts = {name: int(summary.get("counts", {}).get(name, 0)) for name in ("kept", "dropped", "errors")}
+    return RunRecord(
+        run=run,
+        started=begun.get("started"),
+        ended=summary.get("finished"),
+        outcome=summary.get("outcome", RUNNING if run == alive else DIED),
+        host=begun.get("host"),
+        seconds=summary.get("elapsed"),
+        shards=summary.get("shards", 0),
+        rows=sum(counts.values()),
+        device_seconds=summary.get("device_seconds", {}),
+        details={**begun, **summary},
+        **counts,
+    )
+
+
+def _read(fs: Any, path: str) -> dict[str, Any]:
+    """What a file holds; nothing where it is not there or was cut short by its writer's death."""
+    try:
+        content = json.loads(fs.cat_file(path))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

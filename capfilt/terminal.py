@@ -1,0 +1,36 @@
+"""What is shown on a terminal. Names, captions and error texts are strangers': they are shown, never obeyed."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from rich.console import Console
+from rich.text import Text
+
+from capfilt.redaction import redacted
+
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
+
+
+def escaped(text: str) -> str:
+    """In one line, with nothing that a terminal obeys or that hides: such characters are shown as `\\x1b`, `\\n`.
+
+    These are control characters, line ends, those that turn or join text unseen, and bytes that are no UTF-8.
+    """
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else _escape(c) for c in text)
+
+
+def _escape(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def shown(text: str) -> Text:
+    """A stranger's text as a table's cell or title: escaped, and no markup."""
+    return Text(escaped(text))
+
+
+def say(message: str, console: Console = out) -> None:
+    """Print a message, without secrets. Its further lines are indented: none of them is taken for one of ours."""
+    lines = (escaped(line) for line in redacted(message).split("\n"))
+    console.print(Text("\n    ".join(lines)), highlight=False, soft_wrap=True)
