@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from capfilt.arguments import Overrides, SpecFile
 from capfilt.errors import (
     CapfiltError,
     CheckpointError,
@@ -25,6 +26,7 @@ from capfilt.errors import (
     RunInterruptedError,
     SpecError,
 )
+from capfilt.job_commands import job_app, submit
 from capfilt.printing import (
     NO_INPUT,
     err,
@@ -66,14 +68,9 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
+app.command()(submit)
+app.add_typer(job_app, name="job")
 
-SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="A run spec (YAML). Paths in it are relative to it.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="PATH=VALUE", help="Set a field of the spec, e.g. captioners.0.batch_size=8. Repeatable."
-    ),
-]
 Output = Annotated[
     str, typer.Argument(metavar="OUTPUT", help="A curated dataset: its directory or URL, or the spec (.yaml) it is of.")
 ]

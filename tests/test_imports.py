@@ -15,11 +15,11 @@ LAYERS = [
     {"errors", "schema", "spec", "text", "decide", "fingerprints", "weights", "evaluate", "throughput"},
     {
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "toyweb", "examples"),
-        *("truth", "testset", "quality", "tables", "demo"),
+        *("truth", "testset", "quality", "tables", "demo", "submit"),
     },
     {"models"},
     {"pipelines"},
-    {"cli", "stage", "printing", "__main__"},
+    {"cli", "stage", "printing", "arguments", "job_commands", "__main__"},
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
