@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 import traceback
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from capfilt.errors import CapfiltError
+from capfilt.errors import CapfiltError, DatasetError
 from capfilt.fragments import Fragment
 from capfilt.pipelines.attempts import Attempts
 from capfilt.pipelines.worker import DeviceLostError, Job, LoadModels, Worker
@@ -84,6 +85,7 @@ class RayWorker:
         (pickled,) = batch.column("fragment").to_pylist()
         fragment: Fragment = pickle.loads(pickled)
         try:
+            self._check_disk()
             result: list[Receipt] | Failure = self._worker.process(fragment)
         except (DeviceLostError, MemoryError):
             # Nothing works in this process any more, or something in the fragment claims more memory than there is. It
@@ -95,3 +97,12 @@ class RayWorker:
             result = Failure(CapfiltError(f"a worker failed on {fragment.name}: {type(error).__name__}: {error}"))
             result.error.add_note(traceback.format_exc())
         return pa.table({"result": pa.array([pickle.dumps(result)], pa.binary())})
+
+    def _check_disk(self) -> None:
+        """Refuse to write where the driver does not read: it would commit files that no reader finds."""
+        output, run = self._worker.job.spec.output, self._worker.job.run
+        if "://" not in output and not os.path.isdir(f"{output}/_runs/{run}"):  # the driver made it before any worker
+            raise DatasetError(
+                f"{output}: node {socket.gethostname()} does not see what the driver wrote there; an output must be on "
+                "a disk that all nodes share, or in an object store"
+            )
