@@ -27,6 +27,7 @@ from capfilt.errors import (
     SpecError,
 )
 from capfilt.job_commands import job_app, submit
+from capfilt.last_words import last_words
 from capfilt.printing import (
     NO_INPUT,
     err,
@@ -127,7 +128,7 @@ def _native_noise_in_a_file() -> Iterator[Console]:
     os.dup2(noise.fileno(), 2)
     done = False
     try:
-        with os.fdopen(os.dup(real), "w") as stream:
+        with last_words(noise.name, real), os.fdopen(os.dup(real), "w") as stream:
             yield Console(file=stream, soft_wrap=True)
         done = True
     except (KeyboardInterrupt, ErrorBudgetError, SpecError, CheckpointError):  # Ray had no part in these

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import psutil
@@ -32,6 +31,8 @@ ENVIRONMENT = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
+    # And a dead head: it takes a minute.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "15",
 }
 """Of every node, and of what joins them."""
 
@@ -47,9 +48,11 @@ def free_port() -> int:
 class Node:
     """The processes of one node."""
 
-    def __init__(self, folder: Path, arguments: list[str], environment: Mapping[str, str], cpus: float) -> None:
+    def __init__(
+        self, folder: Path, arguments: list[str], environment: Mapping[str, str], cpus: float, prefix: Sequence[str]
+    ) -> None:
         self.log = folder / f"node-{time.monotonic_ns()}.log"
-        command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+        command = [*prefix, sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
         command += ["--node-ip-address=127.0.0.1", f"--num-cpus={cpus:g}", f"--object-store-memory={100 * 2**20}"]
         command += ["--include-log-monitor=false", *arguments]
         with self.log.open("wb") as log:
@@ -142,17 +145,21 @@ class RayCluster:
             if found.status_code == 200:
                 return
 
-    def add_node(self, cpus: float = 1) -> Node:
-        """Add a node that takes work."""
-        node = self._node([f"--address={self.address}"], cpus)
+    def add_node(self, cpus: float = 1, prefix: Sequence[str] = ()) -> Node:
+        """Add a node that takes work.
+
+        Args:
+            prefix: a command that starts it.
+        """
+        node = self._node([f"--address={self.address}"], cpus, prefix)
         for _ in self._patiently(node):
             if node.named("raylet") and "Ray runtime started" in node.log.read_text():
                 self.nodes.append(node)
                 return node
         raise AssertionError("unreachable")
 
-    def _node(self, arguments: list[str], cpus: float) -> Node:
-        return Node(self.folder, arguments, self._environment, cpus)
+    def _node(self, arguments: list[str], cpus: float, prefix: Sequence[str] = ()) -> Node:
+        return Node(self.folder, arguments, self._environment, cpus, prefix)
 
     def _patiently(self, node: Node, seconds: float = 120) -> Iterator[None]:
         end = time.monotonic() + seconds
@@ -180,10 +187,3 @@ class RayCluster:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def stop(process: subprocess.Popen[str], signum: int = signal.SIGKILL) -> None:
-    """End a process that may have ended."""
-    if process.poll() is None:
-        process.send_signal(signum)
-    process.wait(30)

@@ -19,7 +19,7 @@ LAYERS = [
     },
     {"models"},
     {"pipelines"},
-    {"cli", "stage", "printing", "arguments", "job_commands", "__main__"},
+    {"cli", "stage", "printing", "arguments", "job_commands", "last_words", "__main__"},
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 

@@ -58,8 +58,8 @@ def cluster() -> Iterator[RayCluster]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """240 rows in 4 shards, and what a run without Ray makes of them."""
-    site = build(tmp_path_factory.mktemp("site"), Path(), images=240, shards=4)
+    """120 rows in 4 shards, and what a run without Ray makes of them."""
+    site = build(tmp_path_factory.mktemp("site"), Path(), images=120, shards=4)
     output = site.folder / "reference"
     curate(load_spec(site.spec, [f"output={output}"]), execute=in_process, console=Console(file=io.StringIO()))
     site.annotations, site.pairs = table(output, "annotations"), table(output, "pairs")
@@ -69,6 +69,15 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
 def submitted(text: str) -> str:
     (job,) = re.findall(r"submitted (\S+) to http", text)
     return str(job)
+
+
+def until_receipts(follower: subprocess.Popen[str], output: Path, fragments: int) -> None:
+    """Wait for so many fragments to be finished."""
+    end = time.monotonic() + 120
+    while seen(output).receipts < fragments:
+        assert follower.poll() is None, follower.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 # --- on a cluster ---
@@ -129,15 +138,11 @@ def test_exit_codes_of_runs_are_those_of_the_command(cluster: RayCluster, site: 
 @pytest.mark.slow
 def test_a_stopped_job_commits_what_is_finished_and_resumes(cluster: RayCluster, site: Site) -> None:
     output = site.folder / "stopped"
-    settings = [f"output={output}", "fragment_rows=10", "captioners.0.batch_size=1", "filters.0.batch_size=1"]
+    settings = [f"output={output}", "fragment_rows=5", "captioners.0.batch_size=1", "filters.0.batch_size=1"]
     command = ["submit", str(site.spec), "--address", cluster.job_server, "--follow"]
     with start(*command, *(f"--set={setting}" for setting in settings)) as follower:
         try:
-            end = time.monotonic() + 120
-            while seen(output).receipts < 10:
-                assert follower.poll() is None, follower.communicate()
-                assert time.monotonic() < end
-                time.sleep(0.02)
+            until_receipts(follower, output, 4)
             assert follower.stdout is not None
             job = submitted(follower.stdout.readline())
             stopped = capfilt("job", "stop", job, "--address", cluster.job_server)
@@ -149,10 +154,35 @@ def test_a_stopped_job_commits_what_is_finished_and_resumes(cluster: RayCluster,
     assert follower.returncode == 130, out + err
     assert "what was finished is kept" in out  # the run's own last words
     check_partial(site, output)
-    assert len(table(output, "annotations")) < 240
+    assert len(table(output, "annotations")) < 120
     again = capfilt(*command, *(f"--set={setting}" for setting in settings))
     assert again.returncode == 0, again.stdout + again.stderr
     check_whole(site, output)
+
+
+@pytest.mark.slow
+def test_the_loss_of_the_head_is_named_and_a_job_resumes_when_submitted_again(site: Site) -> None:
+    output = site.folder / "headless"
+    settings = [f"output={output}", "fragment_rows=5", "captioners.0.batch_size=1", "filters.0.batch_size=1"]
+    with RayCluster(cpus=2) as cluster:
+        command = ["submit", str(site.spec), "--address", cluster.job_server, "--follow"]
+        command += [f"--set={setting}" for setting in settings]
+        with start(*command) as follower:
+            try:
+                until_receipts(follower, output, 4)
+                cluster.head.kill()
+                _, err = follower.communicate(timeout=120)
+            finally:
+                follower.kill()
+        assert follower.returncode == 1
+        assert f"no job server answers at {cluster.job_server}" in err
+        assert "may have ended with the head" in err
+        assert "Traceback" not in err
+        check_partial(site, output)
+        cluster.start_head()
+        again = capfilt(*command)
+        assert again.returncode == 0, again.stdout + again.stderr
+        check_whole(site, output)
 
 
 def test_a_token_is_asked_for(cluster: RayCluster, site: Site) -> None:

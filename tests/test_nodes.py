@@ -6,6 +6,7 @@ What the run ends with is what an undisturbed one makes, row by row. Kills are d
 from __future__ import annotations
 
 import io
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 from crash_driver import WORKER, Driver, seen
 from ray_cluster import Node, RayCluster
 from rich.console import Console
-from test_crash import Site, build, check_partial, check_whole, table
+from test_crash import Site, build, check_whole, table
 
 from capfilt.pipelines.curate import curate, in_process
 from capfilt.spec import load_spec
@@ -78,3 +79,49 @@ def test_nodes_and_raylets_that_die_cost_nothing(site: Site, cluster: RayCluster
             cluster.add_node(cpus=1)  # as an autoscaler would
         assert driver.wait() == 0, driver.stderr()
     check_whole(site, output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["gcs", "head"])
+def test_a_head_that_dies_is_named_and_the_same_command_resumes(site: Site, cluster: RayCluster, what: str) -> None:
+    output = site.folder / what
+    with drive(site, cluster, output, f"home-{what}") as driver:
+        until_more(driver, output, 5)
+        if what == "head":
+            cluster.head.kill()
+        else:
+            (gcs,) = cluster.head.named("gcs_server")
+            gcs.kill()
+        killed = driver.seconds
+        code = driver.wait()
+        print(f"{what} killed at {killed:.1f} s; the driver ended {driver.seconds - killed:.1f} s later", flush=True)
+    assert code != 0
+    assert "because the head of its cluster, or the Ray of its own node, was lost" in driver.stderr()
+    assert "the same command then resumes" in driver.stderr()
+    check_partial(site, output)
+    finished = seen(output).receipts
+    for node in [cluster.head, *cluster.nodes]:
+        node.kill()
+    cluster.start_head()
+    for _ in range(3):
+        cluster.add_node(cpus=1)
+    with drive(site, cluster, output, f"home-{what}-again") as driver:
+        assert driver.wait() == 0, driver.stderr()
+    assert finished
+    assert "rows were taken over from an interrupted run" in driver.stdout()
+    check_whole(site, output)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason="another disk is mounted for one node")
+def test_a_node_with_another_disk_at_the_output_writes_nothing_there(site: Site, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()
+    other = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(output)]
+    with RayCluster(cpus=0) as cluster:
+        cluster.add_node(cpus=3, prefix=other)
+        with drive(site, cluster, output, "home-disk") as driver:
+            assert driver.wait() == 1, driver.stdout()
+    assert f"capfilt: {output}: node " in driver.stderr()
+    assert "does not see what the driver wrote there; an output must be on a disk that all nodes" in driver.stderr()
+    assert seen(output).receipts == 0

@@ -61,10 +61,10 @@ class JobServer:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         if "RAY_AUTH_MODE" not in os.environ and _has_token():
             os.environ["RAY_AUTH_MODE"] = "token"  # as `ray start` does; the client by itself sends none
-        import ray  # noqa: F401 - configures its loggers, which are then told to be quiet
         from ray.job_submission import JobSubmissionClient
 
-        logging.getLogger("ray.dashboard").setLevel(logging.ERROR)
+        for handler in logging.getLogger("ray").handlers:  # its modules set their own levels
+            handler.setLevel(logging.ERROR)
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address  # else RAY_ADDRESS would count for more than the argument
         with self._errors():
             self._client = JobSubmissionClient(self.address)
