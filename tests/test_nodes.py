@@ -16,7 +16,7 @@ import pytest
 from crash_driver import WORKER, Driver, seen
 from ray_cluster import Node, RayCluster
 from rich.console import Console
-from test_crash import Site, build, check_whole, table
+from test_crash import Site, build, check_partial, check_whole, table
 
 from capfilt.pipelines.curate import curate, in_process
 from capfilt.spec import load_spec
