@@ -127,7 +127,7 @@ def pack(submission: Submission, folder: Path, wheel: Path | None = None, constr
     Args:
         wheel: the capfilt that the job runs, in place of the one that the cluster has. Its files go into the folder,
             which comes first on every worker's path.
-        constraints: have pip install capfilt (the wheel, if given) and what it depends on, at this file's versions.
+        constraints: have pip install capfilt and what it depends on (the wheel's, if given), at this file's versions.
 
     Returns:
         Requirements for pip; none without constraints.
@@ -145,12 +145,10 @@ def pack(submission: Submission, folder: Path, wheel: Path | None = None, constr
     (folder / SPEC).write_text(yaml.safe_dump(data, sort_keys=False, allow_unicode=True), encoding="utf-8")
     for name, directory in submission.checkpoints.items():
         shutil.copytree(directory, folder / name)
-    if constraints is not None:
-        return _requirements(submission.spec.kind, folder, wheel, constraints)
-    if wheel is not None:
+    if wheel is not None:  # and not by py_modules, for which Ray has pip fetch all that the wheel depends on, torch too
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
-    return []
+    return _requirements(submission.spec.kind, folder, wheel, constraints) if constraints else []
 
 
 def _check_sizes(checkpoints: Mapping[str, Path]) -> None:
