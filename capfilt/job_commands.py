@@ -34,7 +34,7 @@ _MEANINGS = {
     2: "bad usage or spec",
     3: "stopped by the error budget",
     4: "another run holds the output",
-    127: "no `python` on the head's PATH, or no `exec`: activate the environment that has capfilt before `ray start`",
+    127: "no `python` on the head's PATH: activate the environment that has capfilt before `ray start`",
     130: "stopped; what was finished is kept, submit again to resume",
     137: "killed (SIGKILL), most likely for memory; submit again to resume",
 }

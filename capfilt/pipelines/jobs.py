@@ -8,7 +8,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ OLDEST_RAY = (2, 60)
 
 LOST_SECONDS = 60.0
 """Without an answer of a server that has answered before, after which it counts as gone."""
+
+_SILENT_SECONDS = 300.0
+"""After which a log is asked for again: a machine that lost its power never says that a connection has ended."""
 
 _POLL_SECONDS = 0.5
 
@@ -124,20 +127,23 @@ class JobServer:
         """Pass on what a job prints, from its beginning, until it has ended.
 
         Raises:
-            CapfiltError: the server has gone.
+            CapfiltError: there is no job of this id, or the server has gone.
         """
         import aiohttp
+
+        self.state(job)  # raises at once; from here on a failure may be the network's, and is waited out
 
         shown = 0
 
         async def tail() -> None:
             nonlocal shown
             skip = shown  # a new connection begins anew
-            async for chunk in self._client.tail_job_logs(job):
-                if new := chunk[skip:]:
-                    write(new)
-                    shown += len(new)
-                skip = max(0, skip - len(chunk))
+            async with aclosing(self._client.tail_job_logs(job)) as chunks:
+                while chunk := await asyncio.wait_for(anext(chunks, None), _SILENT_SECONDS):
+                    if new := chunk[skip:]:
+                        write(new)
+                        shown += len(new)
+                    skip = max(0, skip - len(chunk))
 
         last_answer = time.monotonic()
         while True:
@@ -192,12 +198,17 @@ class JobServer:
                     f"no job {job} at {self.address}; `ray job list --address {self.address}` has them. A head that "
                     "was started anew has forgotten those before: submit again, the run resumes"
                 ) from error
+            if "Version check returned 404" in text:
+                raise self._stranger(error) from error
             raise CapfiltError(f"the job server at {self.address} refuses: {_gist(text)}") from error
         except (requests.RequestException, KeyError, TypeError) as error:
-            raise CapfiltError(
-                f"what answers at {self.address} is not a Ray job server ({type(error).__name__}); give the address of "
-                "the head's dashboard, such as http://head:8265"
-            ) from error
+            raise self._stranger(error) from error
+
+    def _stranger(self, error: Exception) -> CapfiltError:
+        return CapfiltError(
+            f"what answers at {self.address} is not a Ray job server ({type(error).__name__}); give the address of the "
+            "head's dashboard, such as http://head:8265"
+        )
 
 
 def _url(address: str) -> str:
