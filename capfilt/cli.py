@@ -22,6 +22,7 @@ import typer
 from rich.console import Console
 
 from capfilt import logs
+from capfilt.arguments import Overrides, SpecFile
 from capfilt.errors import (
     CapfiltError,
     CheckpointError,
@@ -31,6 +32,8 @@ from capfilt.errors import (
     RunInterruptedError,
     SpecError,
 )
+from capfilt.job_commands import job_app, submit
+from capfilt.last_words import last_words
 from capfilt.printing import (
     NO_INPUT,
     print_bootstrap,
@@ -73,14 +76,9 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
+app.command()(submit)
+app.add_typer(job_app, name="job")
 
-SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="A run spec (YAML). Paths in it are relative to it.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set", metavar="PATH=VALUE", help="Set a field of the spec, e.g. captioners.0.batch_size=8. Repeatable."
-    ),
-]
 Output = Annotated[
     str, typer.Argument(metavar="OUTPUT", help="A curated dataset: its directory or URL, or the spec (.yaml) it is of.")
 ]
@@ -138,7 +136,7 @@ def _native_noise_in_a_file() -> Iterator[Console]:
     os.dup2(noise.fileno(), 2)
     done = False
     try:
-        with os.fdopen(os.dup(real), "w") as stream:
+        with last_words(noise.name, real), os.fdopen(os.dup(real), "w") as stream:
             yield logs.console() if logs.begun() else Console(file=stream, soft_wrap=True)
         done = True
     except (KeyboardInterrupt, ConflictError, ErrorBudgetError, SpecError, CheckpointError):  # Ray had no part in these

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -111,13 +111,24 @@ class Driver:
 
     Its working directory is used by nothing else, which is how its Ray's processes are known. As a context, it is
     killed at the end if it still runs; call :meth:`reap` for the processes that it leaves behind.
+
+    Args:
+        environment: in place of this process's own; for one that joins a cluster.
     """
 
-    def __init__(self, spec: Path, output: Path, home: Path, overrides: Sequence[str], ray_folder: Path) -> None:
+    def __init__(
+        self,
+        spec: Path,
+        output: Path,
+        home: Path,
+        overrides: Sequence[str],
+        ray_folder: Path,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
         self.output, self.home = output, home
         home.mkdir(parents=True)
         settings = [f"--set={setting}" for setting in (f"output={output}", *overrides)]
-        environment = {**os.environ, "RAY_TMPDIR": str(ray_folder), "PYTHONFAULTHANDLER": "1", "COLUMNS": "120"}
+        environment = {**environment, "RAY_TMPDIR": str(ray_folder), "PYTHONFAULTHANDLER": "1", "COLUMNS": "120"}
         self.began = time.monotonic()
         self.first_seen = self._last_seen = seen(output)
         self._last_change = self.began

@@ -18,11 +18,11 @@ LAYERS = [
     },
     {
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "pace", "toyweb", "examples"),
-        *("stores", "truth", "testset", "quality", "tables", "demo", "holder", "lease", "records"),
+        *("stores", "truth", "testset", "quality", "tables", "demo", "holder", "lease", "records", "submit"),
     },
     {"models"},
     {"pipelines"},
-    {"cli", "stage", "printing", "__main__"},
+    {"cli", "stage", "printing", "arguments", "job_commands", "last_words", "__main__"},
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 

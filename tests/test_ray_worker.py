@@ -14,7 +14,8 @@ from conftest import MakeSpec, jpeg, write_shard
 from rich.console import Console
 from stubs import load_hash
 
-from capfilt.errors import CapfiltError, CheckpointError, ImageError, InputError, SpecError
+from capfilt.dataset import CuratedDataset
+from capfilt.errors import CapfiltError, CheckpointError, DatasetError, ImageError, InputError, SpecError
 from capfilt.fingerprints import run_fingerprints
 from capfilt.fragments import Fragment, read_footer
 from capfilt.inputs import list_inputs
@@ -31,6 +32,7 @@ def fragment(tmp_path: Path, make_spec: MakeSpec) -> tuple[Job, Fragment]:
     spec: CurateSpec = make_spec()
     (file,) = list_inputs(spec.input)
     footer = read_footer(file, Columns(), {})
+    CuratedDataset.for_writing(spec.output, {}).register("run", {})
     return Job(spec, run_fingerprints(spec), "run"), Fragment(file, footer.layout, 0, 4, 4)
 
 
@@ -39,6 +41,16 @@ def process(job: Job, fragment: Fragment, load: Any) -> Any:
     worker = RayWorker(job, load, start_attempts())
     (result,) = worker(pa.table({"fragment": [pickle.dumps(fragment)]})).column("result").to_pylist()
     return pickle.loads(result)
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_an_output_that_the_node_does_not_share_is_refused(fragment: tuple[Job, Fragment]) -> None:
+    job, work = fragment
+    failure = process(Job(job.spec, job.fingerprints, "of-another-disk"), work, load_hash)
+    assert isinstance(failure, Failure)
+    assert isinstance(failure.error, DatasetError)
+    assert f"{job.spec.output}: node " in str(failure.error)
+    assert not list(Path(job.spec.output).rglob("*.parquet"))
 
 
 def failing(error: Exception) -> Any:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import pickle
+import socket
 from typing import Any
 
 import pyarrow as pa
 import ray
 
+from capfilt.errors import DatasetError
 from capfilt.fragments import Fragment
 from capfilt.pipelines.attempts import Attempts
 from capfilt.pipelines.job import Failure, Job, LoadModels
@@ -71,6 +73,7 @@ class RayWorker:
         (pickled,) = batch.column("fragment").to_pylist()
         fragment: Fragment = pickle.loads(pickled)
         try:
+            self._check_disk()
             result: list[Receipt] | Failure = self._worker.process(fragment)
         except (DeviceLostError, MemoryError):
             # Nothing works in this process any more, or something in the fragment claims more memory than there is. It
@@ -79,3 +82,12 @@ class RayWorker:
         except Exception as error:  # noqa: BLE001 - the driver raises it
             result = Failure.of(error, fragment.name)
         return pa.table({"result": pa.array([pickle.dumps(result)], pa.binary())})
+
+    def _check_disk(self) -> None:
+        """Refuse to write where the driver does not read: it would commit files that no reader finds."""
+        output, run = self._worker.job.spec.output, self._worker.job.run
+        if "://" not in output and not os.path.isdir(f"{output}/_runs/{run}"):  # the driver made it before any worker
+            raise DatasetError(
+                f"{output}: node {socket.gethostname()} does not see what the driver wrote there; an output must be on "
+                "a disk that all nodes share, or in an object store"
+            )

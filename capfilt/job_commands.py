@@ -1,0 +1,157 @@
+"""`capfilt submit` and `capfilt job`: runs on a cluster, through its job server. Torch is not loaded; Ray is."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+
+from capfilt.arguments import Overrides, SpecFile
+from capfilt.printing import err, printable, say
+from capfilt.submit import STOP_SECONDS, pack, prepare, runtime_env
+
+if TYPE_CHECKING:
+    from capfilt.pipelines.jobs import JobServer, JobState
+
+Address = Annotated[
+    str,
+    typer.Option(
+        metavar="URL",
+        envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
+        help="Of the cluster's job server: http://head:8265.",
+    ),
+]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="As `capfilt submit` printed it.")]
+
+job_app = typer.Typer(help="Look at, follow or stop a run that was submitted to a cluster.", no_args_is_help=True)
+
+_MEANINGS = {
+    0: "done",
+    1: "failed",
+    2: "bad usage or spec",
+    3: "stopped by the error budget",
+    4: "another run holds the output",
+    127: "no `python` on the head's PATH: activate the environment that has capfilt before `ray start`",
+    130: "stopped; what was finished is kept, submit again to resume",
+    137: "killed (SIGKILL), most likely for memory; submit again to resume",
+}
+
+
+def submit(
+    spec: SpecFile,
+    address: Address,
+    overrides: Overrides = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show its log, and exit with its exit code.")] = False,
+    env: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Give the job this environment variable, as it is set here. Repeatable."),
+    ] = None,
+    wheel: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Run this capfilt (a wheel) in place of the one that the cluster has."),
+    ] = None,
+    pip: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CONSTRAINTS",
+            help="Have pip install capfilt and what it needs on the nodes, at the versions of this file.",
+        ),
+    ] = None,
+    shared: Annotated[
+        list[str] | None,
+        typer.Option(metavar="DIR", help="The cluster has this directory: do not send checkpoints in it. Repeatable."),
+    ] = None,
+) -> None:
+    """Run a spec on a Ray cluster. The same command resumes a run that was lost with its cluster."""
+    from capfilt.pipelines.jobs import JobServer
+
+    submission = prepare(spec, overrides or (), shared or ())
+    with tempfile.TemporaryDirectory(prefix="capfilt-") as folder:
+        requirements = pack(submission, Path(folder), wheel, pip)
+        environment = runtime_env(Path(folder), requirements, env or ())
+        server = JobServer(address)
+        job = server.submit(environment, {"spec": spec.name})
+    say(f"submitted {job} to {server.address}")
+    if "://" not in submission.spec.output:
+        say(f"output {submission.spec.output}: must be on a disk that all nodes share")
+    if follow:
+        _follow(server, job)
+    say(f"`capfilt job logs {job} --follow` shows its log, `capfilt job stop {job}` stops it")
+
+
+@job_app.command()
+def status(job: JobId, address: Address) -> None:
+    """Say how a job stands."""
+    from capfilt.pipelines.jobs import JobServer
+
+    state = JobServer(address).state(job)
+    say(f"{state.id}: {state.status}" + (f", {_ended(state)}" if state.exit_code is not None else ""))
+    say(f"entrypoint: {state.entrypoint}")
+    for what, when in (("started", state.started), ("ended", state.ended)):
+        if when:
+            say(f"{what}: {when:%Y-%m-%d %H:%M:%S} UTC")
+    if state.exit_code and state.message:
+        say(state.message)
+
+
+@job_app.command()
+def logs(
+    job: JobId,
+    address: Address,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Until the job has ended; then exit with its exit code.")
+    ] = False,
+) -> None:
+    """Show what a job has printed."""
+    from capfilt.pipelines.jobs import JobServer
+
+    server = JobServer(address)
+    if follow:
+        _follow(server, job)
+    _write(server.logs(job))
+
+
+@job_app.command()
+def stop(
+    job: JobId,
+    address: Address,
+    wait: Annotated[bool, typer.Option(help="For its end: a run commits what is finished first.")] = True,
+) -> None:
+    """Stop a job. Its run commits what is finished, and resumes when it is submitted again."""
+    from capfilt.pipelines.jobs import JobServer
+
+    server = JobServer(address)
+    if (state := server.state(job)).exit_code is None:
+        server.stop(job)
+        say(f"{job}: asked to stop; it has {STOP_SECONDS} s to commit what is finished")
+        if not wait:
+            return
+        state = server.wait(job)
+    say(f"{job}: {state.status}, {_ended(state)}")
+
+
+def _follow(server: JobServer, job: str) -> NoReturn:
+    """Show a job's log until its end, and exit as it did."""
+    try:
+        state = server.follow(job, _write)
+    except KeyboardInterrupt:
+        say(f"\ncapfilt: no longer followed; the job goes on. `capfilt job stop {job}` stops it", err)
+        sys.exit(130)
+    if "Job entrypoint command failed" not in state.message and state.exit_code == 1:
+        say(state.message, err)  # Ray's own trouble, which the log does not show
+    say(f"capfilt: {job}: {state.status}, {_ended(state)}", err)
+    sys.exit(state.exit_code)
+
+
+def _ended(state: JobState) -> str:
+    code = state.exit_code
+    meaning = _MEANINGS.get(code or 0, "")
+    return f"exit code {code}" + (f" ({meaning})" if meaning else "")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(printable(text))
+    sys.stdout.flush()
