@@ -116,7 +116,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     config, spec = launcher(), manifest("raycluster.yaml")["spec"]
     names = ("gcs", "dashboard", "metrics", "objects", "client", "agent")
     gcs, dashboard, metrics, objects, client, agent = (free_port() for _ in names)
-    environment = {"RAY_AUTH_MODE": spec["authOptions"]["mode"], "RAY_AUTH_TOKEN": "a" * 32, "PYTHONPATH": str(ROOT)}
+    environment = {
+        "RAY_AUTH_MODE": spec["authOptions"]["mode"],
+        "RAY_AUTH_TOKEN": "a" * 32,
+        "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
     temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a socket's path is short
     head = {
         "--port": gcs,
@@ -188,6 +193,30 @@ def test_a_ray_job_runs_as_kuberay_submits_it(cluster: Cluster, tmp_path: Path, 
     state = run([*job, "status", "--address", cluster.address, "capfilt-1"], **cluster.environment)
     assert "succeeded" in state.stdout, followed.stdout + followed.stderr
     assert curated(tmp_path) == ROWS
+
+
+def cron_command(path: Path, address: str) -> list[str]:
+    """What the CronJob's pod runs."""
+    (container,) = manifest("cronjob.yaml")["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    command = mapped_command(shlex.join([*container["command"], *container["args"]]), path)
+    head = f"http://{manifest('raycluster.yaml')['metadata']['name']}-head-svc:8265"
+    return [word.replace(head, address) for word in command]
+
+
+@pytest.mark.slow
+def test_the_cron_job_submits_its_spec_and_follows_it(cluster: Cluster, tmp_path: Path, web: Path) -> None:
+    done = run(cron_command(spec(tmp_path, web), cluster.address), **cluster.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert curated(tmp_path) == ROWS
+
+
+def test_a_bad_spec_fails_the_cron_job_for_good(tmp_path: Path, web: Path) -> None:
+    path = spec(tmp_path, web)
+    path.write_text(path.read_text() + "outputs: x\n")
+    done = run(cron_command(path, "http://127.0.0.1:1"))
+    rule = manifest("cronjob.yaml")["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"][0]
+    assert done.returncode in rule["onExitCodes"]["values"], done.stderr
+    assert "outputs: unknown field" in done.stderr
 
 
 @pytest.mark.slow

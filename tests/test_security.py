@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import json
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,11 +56,12 @@ def test_nothing_executes_input() -> None:
 
 
 def test_pickles_come_from_ray_alone() -> None:
-    """Each of these reads a block, an object or a configuration that the run itself gave Ray; none reads a file."""
-    found = {path.as_posix() for path, name, _ in calls() if name in ("pickle.loads", "pickle.load")}
-    assert found == {f"pipelines/{name}.py" for name in ("curate", "ray_worker", "rows", "train")}
-    read = {ast.unparse(call.args[0]) for _, name, call in calls() if name == "pickle.loads"}
-    assert read == {"pickled", "error", "config['task']"}
+    """Blocks and configurations that the run itself gave Ray; a file may have been swapped."""
+    loads = [(path, ast.unparse(call.args[0])) for path, name, call in calls() if name.startswith("pickle.load")]
+    assert loads
+    for path, source in loads:
+        assert path.parts[0] == "pipelines", path
+        assert re.fullmatch(r"pickled|error|config\['task'\]", source), (path, source)
 
 
 def left_behind(output: Path) -> str:
