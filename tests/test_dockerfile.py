@@ -132,7 +132,7 @@ def test_the_build_fails_where_torch_does_not_fit_the_device(device: str) -> Non
 def test_its_packages_install(tmp_path: Path) -> None:
     """The RUN lines of the first stage, in a fresh environment: what the image has can be had, by these constraints."""
     subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
-    for name in copied():
+    for name in set(copied()):
         (tmp_path / name).symlink_to(ROOT / name)
     for line in lines():
         if line.value.startswith("pip install"):
