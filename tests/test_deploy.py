@@ -28,6 +28,7 @@ from manifests import (
 )
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from capfilt.errors import ErrorBudgetError, SpecError
 from capfilt.spec import load_curate_spec
 
 CRDS = ROOT.parent / "shared" / "kuberay-crds"
@@ -252,7 +253,10 @@ def test_the_unit_knows_capfilt_s_exit_codes() -> None:
     lines = unit("capfilt@.service")
     values = {key: value for section, key, value in lines if section == "Service"}
     assert (values["Type"], values["Restart"]) == ("oneshot", "on-failure")
-    assert values["RestartPreventExitStatus"].split() == ["2", "3"]
+    for_good = [SpecError.exit_code, ErrorBudgetError.exit_code]
+    assert values["RestartPreventExitStatus"].split() == list(map(str, for_good))
+    rule = manifest("cronjob.yaml")["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"][0]
+    assert rule["onExitCodes"]["values"] == [*for_good, 4]
     assert values["SuccessExitStatus"] == "4"
     assert (values["KillMode"], values["KillSignal"]) == ("mixed", "SIGTERM")  # the driver alone: it commits first
     assert values["User"] != "root"
