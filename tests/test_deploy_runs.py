@@ -99,67 +99,54 @@ def free_port() -> int:
 
 
 RAY = [sys.executable, "-m", "ray.scripts.scripts"]
+PORTS = ("--object-manager-port", "--metrics-export-port", "--dashboard-agent-listen-port")
+"""Of every node; no two may share them on one machine."""
+HEAD_PORTS = ("--port", "--dashboard-port", "--ray-client-server-port")
 
 
-def start_command(commands: list[str], parameters: dict[str, str], ports: dict[str, int]) -> list[str]:
-    """The launcher's `ray start`, with KubeRay's parameters and with ports that are free here."""
-    (command,) = (line for line in commands if "ray start" in line)
-    words = shlex.split(command)
+def start_command(node: str, head: int | None, ports: dict[str, int], **own: object) -> list[str]:
+    """The launcher's `ray start`, with KubeRay's parameters, with ports that are free here and in the foreground.
+
+    Args:
+        node: `head` or `worker`.
+        head: the head's port, for a worker.
+        own: more flags.
+    """
+    spec = manifest("raycluster.yaml")["spec"]
+    group = spec["headGroupSpec"] if node == "head" else spec["workerGroupSpecs"][0]
+    (command,) = (line for line in launcher()[f"{node}_start_ray_commands"] if "ray start" in line)
+    words = shlex.split(command.replace("$RAY_HEAD_IP:6379", f"127.0.0.1:{head}"))
     kept = [word for word in words[1:] if word.partition("=")[0] not in (*ports, "--autoscaling-config")]
-    given = [f"--{name}={value}" for name, value in parameters.items()]
-    return [*RAY, *kept, *(f"{flag}={port}" for flag, port in ports.items()), *given, "--block"]
+    flags = ports | {f"--{name}": value for name, value in (group["rayStartParams"] | own).items()}
+    given = [f"{flag}={value}" for flag, value in flags.items()]
+    return [*RAY, *kept, *given, "--node-ip-address=127.0.0.1", "--block"]
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """A head without CPUs and one worker with two, each a process of its own."""
-    config, spec = launcher(), manifest("raycluster.yaml")["spec"]
-    names = ("gcs", "dashboard", "metrics", "objects", "client", "agent")
-    gcs, dashboard, metrics, objects, client, agent = (free_port() for _ in names)
+    ports = {flag: free_port() for flag in (*PORTS, *HEAD_PORTS)}
     environment = {
-        "RAY_AUTH_MODE": spec["authOptions"]["mode"],
+        "RAY_AUTH_MODE": manifest("raycluster.yaml")["spec"]["authOptions"]["mode"],
         "RAY_AUTH_TOKEN": "a" * 32,
         "PYTHONPATH": str(ROOT),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
+    found = Cluster(ports["--dashboard-port"], ports["--metrics-export-port"], environment)
     temporary = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a socket's path is short
-    head = {
-        "--port": gcs,
-        "--dashboard-port": dashboard,
-        "--object-manager-port": objects,
-        "--metrics-export-port": metrics,
-        "--ray-client-server-port": client,
-        "--dashboard-agent-listen-port": agent,
-    }
-    worker = {flag: free_port() for flag in list(head)[2:4]} | {"--dashboard-agent-listen-port": free_port()}
-    commands = [
-        [
-            *start_command(config["head_start_ray_commands"], spec["headGroupSpec"]["rayStartParams"], head),
-            f"--temp-dir={temporary}",
-            "--node-ip-address=127.0.0.1",
-        ],
-        [
-            word.replace("$RAY_HEAD_IP:6379", f"127.0.0.1:{gcs}")
-            for word in start_command(
-                config["worker_start_ray_commands"], spec["workerGroupSpecs"][0]["rayStartParams"], worker
-            )
-        ]
-        + ["--num-cpus=2", "--node-ip-address=127.0.0.1"],
-    ]
+    commands = (
+        start_command("head", None, ports, **{"temp-dir": temporary}),
+        start_command("worker", ports["--port"], {flag: free_port() for flag in PORTS}, **{"num-cpus": 2}),
+    )
     processes: list[subprocess.Popen[bytes]] = []
     log = tmp_path_factory.mktemp("cluster") / "log"
     try:
         with log.open("wb") as out:
-            for number, command in enumerate(commands):
-                variables = os.environ | environment
-                processes.append(subprocess.Popen(command, env=variables, stdout=out, stderr=out))
-                wait_for(lambda number=number: nodes(gcs, environment) > number, processes[-1], log)
-        found = Cluster(dashboard, metrics, environment)
-        wait_for(
-            lambda: run([*RAY, "job", "list", "--address", found.address], **environment).returncode == 0,
-            processes[0],
-            log,
-        )
+            for number, command in enumerate(commands, 1):
+                processes.append(subprocess.Popen(command, env=os.environ | environment, stdout=out, stderr=out))
+                wait_for(lambda number=number: nodes(ports["--port"], environment) == number, processes[-1], log)
+        listing = [*RAY, "job", "list", "--address", found.address]
+        wait_for(lambda: run(listing, **environment).returncode == 0, processes[0], log)
         yield found
     finally:
         for process in reversed(processes):
