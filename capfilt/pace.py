@@ -105,12 +105,15 @@ def last_paces(output: str, options: Mapping[str, Any]) -> dict[Stage, tuple[str
     """By stage, the newest run on record that did anything there, and its pace."""
     fs, root = fsspec.core.url_to_fs(output, **options)
     found: dict[Stage, tuple[str, Pace]] = {}
-    for path in sorted(fs.glob(f"{root}/_runs/*/summary.json"), reverse=True)[:_NEWEST]:
-        run = path.split("/")[-2]
+    try:
+        names = (path.rstrip("/").rpartition("/")[2] for path in fs.ls(f"{root}/_runs", detail=False))
+    except FileNotFoundError:
+        return found
+    for run in sorted((name for name in names if name[0].isdigit()), reverse=True)[:_NEWEST]:  # they begin with a date
         try:
-            stages = json.loads(fs.cat_file(path)).get("stages", {})
+            stages = json.loads(fs.cat_file(f"{root}/_runs/{run}/summary.json")).get("stages", {})
             paces = {Stage(name): Pace(**own) for name, own in stages.items()}
-        except (FileNotFoundError, ValueError, TypeError, AttributeError):  # gone, or another version's: tells nothing
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):  # none, or another version's: tells nothing
             continue
         for stage, pace in paces.items():
             if pace.rate is not None:

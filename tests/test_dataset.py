@@ -290,8 +290,9 @@ def test_a_file_that_was_replaced_can_come_back(output: str) -> None:
     dataset.commit([adopted])
     for run in ("r1", "r2", "r3"):
         dataset.register(run, {})
-    dataset.vacuum(0)
-    assert rows_of(dataset, PAIRS) == [("a/0", "r1")]
+    for retain_hours in (None, 0):
+        dataset.vacuum(retain_hours)
+        assert rows_of(dataset, PAIRS) == [("a/0", "r1")]
     assert rows_of(dataset, QUARANTINE) == [("a/2", "r1")]
 
 
