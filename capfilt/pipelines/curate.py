@@ -151,7 +151,7 @@ def curate(
                 dataset.register(run, _record(spec, fingerprints, plan))
                 event("run_started", run=run, output=spec.output, shards=len(plan.todo), up_to_date=len(plan.done))
                 job = Job(spec, fingerprints, run)
-                display = Display(console, spec.placement.max_actors)
+                display = Display(console, spec.placement.max_actors, run=run)
                 watchers = Watchers(
                     display, DriverMetrics(run, spec.ray.watched, partial(_tell, console)), EventLog(run)
                 )

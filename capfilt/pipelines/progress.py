@@ -29,11 +29,18 @@ class Display(Watcher):
         most_actors: the pool's bound, to size the window in which a worker counts as alive.
         plain_seconds: between two plain lines.
         silent_seconds: without a finished fragment, after which a plain line says so.
+        run: named in the events that go with the plain lines.
     """
 
     def __init__(
-        self, console: Console, most_actors: int, plain_seconds: float = 10.0, silent_seconds: float = 120.0
+        self,
+        console: Console,
+        most_actors: int,
+        plain_seconds: float = 10.0,
+        silent_seconds: float = 120.0,
+        run: str = "",
     ) -> None:
+        self._run = run
         self._plain_seconds, self._silent_seconds = plain_seconds, silent_seconds
         self._console = console
         self._counts = Counts()
@@ -98,7 +105,13 @@ class Display(Watcher):
             self._last_line = now
             self._say(f"{self.line()}{self._left()}")
             counts = {"rows": self._counts.rows, "of": max(self._total, self._counts.rows), **asdict(self._counts)}
-            event("progress", **counts, images_per_second=round(self._rate(), 2), actors=len(set(self._workers)))
+            event(
+                "progress",
+                run=self._run,
+                **counts,
+                images_per_second=round(self._rate(), 2),
+                actors=len(set(self._workers)),
+            )
 
     def _say(self, line: str) -> None:
         say(f"capfilt: {line}", self._console)
@@ -109,7 +122,7 @@ class Display(Watcher):
             silent = time.monotonic() - self._history[-1][0]
             if silent >= self._silent_seconds:
                 self._say(f"no fragment has finished for {silent:,.0f} s; {self.line()}")
-                event("silence", logging.WARNING, rows=self._counts.rows, seconds=round(silent))
+                event("silence", logging.WARNING, run=self._run, rows=self._counts.rows, seconds=round(silent))
 
     def line(self) -> str:
         """The state in one line."""
