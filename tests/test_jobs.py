@@ -26,13 +26,17 @@ from test_submit import make_wheel
 from capfilt.pipelines.curate import curate, in_process
 from capfilt.spec import load_spec
 
+SLOWLY = ["fragment_rows=5", "captioners.0.batch_size=1", "captioners.0.placement={cpus: 0.5, max_actors: 1}"]
 SECRET = "open-sesame-7261"
 
 
 def capfilt(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """The command, on a machine that can reach the cluster but is not one of its nodes."""
     with start(*arguments, **environment) as process:
-        out, err = process.communicate(timeout=240)
+        try:
+            out, err = process.communicate(timeout=240)
+        finally:
+            process.kill()
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
@@ -144,11 +148,11 @@ def test_exit_codes_of_runs_are_those_of_the_command(cluster: RayCluster, site: 
 @pytest.mark.slow
 def test_a_stopped_job_commits_what_is_finished_and_resumes(cluster: RayCluster, site: Site) -> None:
     output = site.folder / "stopped"
-    settings = [f"output={output}", "fragment_rows=5", "captioners.0.batch_size=1", "filters.0.batch_size=1"]
+    settings = [f"output={output}", *SLOWLY]
     command = ["submit", str(site.spec), "--address", cluster.job_server, "--follow"]
     with start(*command, *(f"--set={setting}" for setting in settings)) as follower:
         try:
-            until_receipts(follower, output, 4)
+            until_receipts(follower, output, 2)
             assert follower.stdout is not None
             job = submitted(follower.stdout.readline())
             stopped = capfilt("job", "stop", job, "--address", cluster.job_server)
@@ -169,13 +173,13 @@ def test_a_stopped_job_commits_what_is_finished_and_resumes(cluster: RayCluster,
 @pytest.mark.slow
 def test_the_loss_of_the_head_is_named_and_a_job_resumes_when_submitted_again(site: Site) -> None:
     output = site.folder / "headless"
-    settings = [f"output={output}", "fragment_rows=5", "captioners.0.batch_size=1", "filters.0.batch_size=1"]
+    settings = [f"output={output}", *SLOWLY]
     with RayCluster(cpus=2) as cluster:
         command = ["submit", str(site.spec), "--address", cluster.job_server, "--follow"]
         command += [f"--set={setting}" for setting in settings]
         with start(*command) as follower:
             try:
-                until_receipts(follower, output, 4)
+                until_receipts(follower, output, 2)
                 cluster.head.kill()
                 _, err = follower.communicate(timeout=120)
             finally:
