@@ -226,11 +226,32 @@ def test_what_is_wrong_is_named(spec_file: Path, override: str, message: str) ->
     assert message in str(caught.value)
 
 
-def test_a_secret_is_refused_and_not_repeated(spec_file: Path) -> None:
-    override = "input.storage_options={client_kwargs: {aws_secret_access_key: hunter2}}"
-    with pytest.raises(SpecError, match="looks like a secret") as caught:
+@pytest.mark.parametrize(
+    "override",
+    [
+        "input.storage_options={client_kwargs: {aws_secret_access_key: hunter2}}",
+        "input.storage_options={connection_string: hunter2}",
+        "input.storage_options={account: x, apikey: hunter2}",
+        "input.storage_options={headers: [{Authorization: hunter2}]}",
+        "input.storage_options={endpoint_url: 'https://me:hunter2@store.example.org'}",
+        "output_options={endpoint: 'https://x.example.org/?sv=1&sig=hunter2'}",
+        "output_options={nested: [a, 'AccountName=x;AccountKey=hunter2']}",
+        "input.paths=ftp://me:hunter2@example.org/in",
+        "input.paths=[in, 'https://b.example.org/0.parquet?X-Amz-Signature=hunter2']",
+        "output=s3://key:hunter2@bucket/out",
+        "captioners.0.checkpoint={path: 'https://me:hunter2@example.org/x'}",
+    ],
+)
+def test_a_secret_is_refused_and_not_repeated(spec_file: Path, override: str) -> None:
+    with pytest.raises(SpecError, match="looks like a secret; specs never hold secrets") as caught:
         load_spec(spec_file, [override])
     assert "hunter2" not in str(caught.value)
+
+
+def test_what_is_no_secret_is_not_refused(spec_file: Path) -> None:
+    options = "{anon: true, profile: nightly, client_kwargs: {endpoint_url: 'http://127.0.0.1:9000', region_name: x}}"
+    taken = ["input.paths=s3://a:b/c@d/*.parquet", "output=s3://bucket/user@host", f"input.storage_options={options}"]
+    assert load_spec(spec_file, taken).kind == "curate"
 
 
 def test_missing_files_and_fields(tmp_path: Path) -> None:

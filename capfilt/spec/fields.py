@@ -18,11 +18,25 @@ from pydantic import (
     ValidationInfo,
     field_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from capfilt.errors import SpecError
 
 _LOCAL_URL = re.compile(r"(?:file|local)://(?:localhost(?=/))?")
-_SECRET = re.compile(r"secret|token|password|passwd|credential|access_key|account_key|sas|^key$", re.IGNORECASE)
+_SECRET = re.compile(
+    r"secret|token|passw|passphrase|credential|access_key|account_key|api_?key|private_?key|connection_string"
+    r"|authorization|cookie|signature|sas|^(key|auth|pwd|sig)$",
+    re.IGNORECASE,
+)
+"""Names of what no spec holds."""
+_SECRET_VALUE = re.compile(
+    r"^[\w+.-]+://[^/?#\s]*:[^/?#@\s]*@"  # a password in a URL
+    r"|[?&;](sig|signature|[\w-]*token|X-(Amz|Goog)-(Signature|Credential))="  # a signed URL
+    r"|(AccountKey|SharedAccessSignature|SharedAccessKey)="
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----",
+    re.IGNORECASE,
+)
+"""Values that are secrets, whatever they are called."""
 
 
 def absolute(path: str, base: str | Path) -> str:
@@ -34,7 +48,15 @@ def absolute(path: str, base: str | Path) -> str:
     return os.path.normpath(os.path.join(os.path.abspath(base), os.path.expanduser(path)))
 
 
+def _secret(what: str) -> PydanticCustomError:
+    """An error whose input is not repeated (see capfilt.spec.reading): it may be the secret."""
+    why = "specs never hold secrets, the environment does (AWS_ACCESS_KEY_ID, ... or a profile)"
+    return PydanticCustomError("secret", "{what} looks like a secret; {why}", {"what": what, "why": why})
+
+
 def _resolve(path: str, info: ValidationInfo) -> str:
+    if _SECRET_VALUE.search(path):
+        raise _secret("what stands in this URL")
     return absolute(path, (info.context or {}).get("base", os.curdir))
 
 
@@ -106,11 +128,13 @@ def _no_secrets(options: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(node, Mapping):
             for name, value in node.items():
                 if _SECRET.search(str(name)):
-                    raise ValueError(
-                        f"{path}{name} looks like a secret; specs never hold secrets, "
-                        "the environment does (AWS_ACCESS_KEY_ID, ... or a profile)"
-                    )
+                    raise _secret(f"{path}{name}")
                 walk(value, f"{path}{name}.")
+        elif isinstance(node, (list, tuple)):
+            for number, value in enumerate(node):
+                walk(value, f"{path}{number}.")
+        elif isinstance(node, str) and _SECRET_VALUE.search(node):
+            raise _secret(f"the value of {path[:-1]}")
 
     walk(options, "")
     return options

@@ -163,7 +163,9 @@ def _validated(what: Any, data: dict[str, Any], path: Path) -> Any:
     try:
         return TypeAdapter(what).validate_python(data, context={"base": path.parent})
     except ValidationError as error:
-        lines = [_explain(item, what) for item in error.errors(include_url=False)]
+        items = error.errors(include_url=False)
+        secrets = [item for item in items if item["type"] == "secret"]  # first: others may repeat them
+        lines = [_explain(item, what) for item in secrets or items]
         raise SpecError("\n".join(f"{path}: {line}" for line in dict.fromkeys(lines))) from None
 
 
@@ -191,7 +193,7 @@ def _explain(item: Any, what: Any) -> str:
     if item["type"] == "missing":
         return f"{field}: required"
     message = "expected a list" if item["type"] == "tuple_type" else item["msg"].removeprefix("Value error, ")
-    if last.endswith("_options"):
+    if item["type"] == "secret" or last.endswith("_options"):
         return f"{field}: {message}"  # the value may be the secret that was refused
     return f"{field}: {message} (got {_short(item['input'])})"
 
