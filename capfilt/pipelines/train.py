@@ -7,6 +7,7 @@ The driver lists the data, pins the versions of datasets and starts the workers;
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import pickle
 import shutil
@@ -264,6 +265,11 @@ def _interrupts_raise() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
+_ENDS = {kind.__name__: kind for kind in (SpecError, CheckpointError, DatasetError, TrainingError)}
+"""Errors that end a run, by the names that a worker leaves them under: a pickle in a directory that others may write to
+would run what they please."""
+
+
 def _failure(output: Path, attempt: str) -> Path:
     return output / f".failure-{attempt}"
 
@@ -271,8 +277,8 @@ def _failure(output: Path, attempt: str) -> Path:
 def _raise_left(failure: Path) -> None:
     """Raise the error that a worker left for the driver, if one did."""
     if failure.exists():
-        error: CapfiltError = pickle.loads(failure.read_bytes())
-        raise error
+        kind, message = json.loads(failure.read_bytes())
+        raise _ENDS[kind](message)
 
 
 def _loop(config: dict[str, Any]) -> None:
@@ -283,6 +289,7 @@ def _loop(config: dict[str, Any]) -> None:
         return
     try:
         train_here(task)
-    except (SpecError, CheckpointError, DatasetError, TrainingError) as error:
-        failure.write_bytes(pickle.dumps(error))
+    except tuple(_ENDS.values()) as error:
+        kind = next(name for name, ends in _ENDS.items() if isinstance(error, ends))
+        failure.write_text(json.dumps([kind, str(error)]), encoding="utf-8")
         raise
