@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cProfile
 import gc
+import io
 import itertools
 import os
 import re
@@ -711,3 +712,55 @@ def test_an_abandoned_file_leaves_nothing(tmp_path: Path) -> None:
     del writer
     gc.collect()
     assert not path.exists()
+
+
+# --- footers that lie (found by tests/test_fuzz.py) ---
+
+
+def claiming(rows: int, which: slice) -> bytes:
+    """A shard of 25 rows whose footer has `rows` in place of some of its numbers of rows and of values."""
+    out = io.BytesIO()
+    pq.write_table(pa.table({"jpg": [b"xyz"] * 25, "caption": ["no"] * 25}), out)
+    data = out.getvalue()
+    length = int.from_bytes(data[-8:-4], "little")
+    footer, number = data[-8 - length : -8], bytearray()
+    rows *= 2  # zigzag
+    while rows > 0x7F:
+        number.append(rows & 0x7F | 0x80)
+        rows >>= 7
+    honest = b"\x16\x32"  # Thrift's compact protocol: the next field, an i64; 25
+    parts = footer.split(honest)
+    kinds = [honest] * (len(parts) - 1)
+    assert len(kinds) == 4  # of the file, of its row group, values of two columns
+    kinds[which] = [b"\x16" + number + bytes([rows])] * len(kinds[which])
+    footer = b"".join(part + kind for part, kind in zip(parts, [*kinds, b""], strict=True))
+    return data[: -8 - length] + footer + len(footer).to_bytes(4, "little") + b"PAR1"
+
+
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("rows", [24, 26, 2**40])
+def test_one_number_of_rows_that_lies_makes_no_rows(rows: int, place: int, tmp_path: Path) -> None:
+    """Rows that are not there would be unreadable ones, a trillion of them."""
+    (tmp_path / "0.parquet").write_bytes(claiming(rows, slice(place, place + 1)))
+    (file,) = listed(tmp_path)
+    try:
+        footer = read_footer(file, Columns(), {})
+    except InputError as error:
+        assert "the footer says" in str(error)  # noqa: PT017  (either will do)
+    else:
+        assert footer.rows == 25
+        assert [row.text for row in read_rows(whole(file), {})] == ["no"] * 25
+
+
+def test_a_file_of_a_trillion_rows_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "0.parquet").write_bytes(claiming(2**40, slice(None)))
+    (file,) = listed(tmp_path)
+    with pytest.raises(InputError, match=r"0.parquet: claims 1,099,511,627,776 rows in"):
+        read_footer(file, Columns(), {})
+
+
+def test_a_file_of_nulls_is_not_refused(tmp_path: Path) -> None:
+    columns = {"jpg": pa.nulls(200_000, pa.binary()), "caption": pa.nulls(200_000, pa.string())}
+    pq.write_table(pa.table(columns), tmp_path / "0.parquet", compression="zstd")
+    (file,) = listed(tmp_path)
+    assert read_footer(file, Columns(), {}).rows == 200_000
