@@ -208,6 +208,11 @@ class _Tiff(TiffImagePlugin.TiffImageFile):
                 raise ImageError(Reason.TOO_MANY_PIXELS, f"TIFF: more than {_MAX_STRIPS} strips or tiles")
         super()._setup()
         _check_pixels(self._tile_size)
+        rows = max((tile.extents[3] for tile in self.tile if tile.extents), default=0)
+        if rows < self._tile_size[1]:  # Pillow would take the rest for black: a kilobyte, a million rows
+            raise ImageError(
+                Reason.CORRUPT_IMAGE, f"TIFF: strips for {rows} rows of {self._tile_size[1]}, as its header has it"
+            )
 
     def load(self) -> Any:
         try:
@@ -326,11 +331,15 @@ def _grey(image: Image.Image) -> npt.NDArray[np.uint8]:
         full = 2 ** tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0] - 1
         grey = (np.minimum(values, full).astype(np.uint32) * 255 + full // 2) // full
     else:
-        reals = np.nan_to_num(values.astype(np.float64), copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        with np.errstate(invalid="ignore"):  # a signalling NaN is one to come to nothing, too
+            reals = values.astype(np.float64)
+        np.nan_to_num(reals, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
         low, peak = min(0.0, float(reals.min())), float(reals.max())
         scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
         high = next((scale for scale in scales if low == 0 and peak <= scale), peak)
-        grey = np.rint((reals - low) * (255 / ((high - low) or 1.0)))
+        reals -= low  # in place: of the largest pictures each copy is 512 MB
+        reals *= 255 / ((high - low) or 1.0)
+        grey = np.rint(reals, out=reals)
     if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:  # white is zero; Pillow heeds it up to 8 bits only
         grey = 255 - grey
     key = image.info.get("transparency")

@@ -36,7 +36,7 @@ def test_what_is_mutated_is_good_before() -> None:
 
 def test_a_few_mutated_images_and_shards() -> None:
     check(sweep("images", range(2_000), processes=1))
-    check(sweep("parquets", range(30), processes=1))
+    check(sweep("parquets", range(16), processes=1))
 
 
 def curate_mutated(make_spec: MakeSpec, directory: Path, rows: int, **options: object) -> None:

@@ -606,3 +606,19 @@ def test_scratch_memory_holds_the_picture_and_never_what_is_made_of_it() -> None
     scratch[:] = 0
     assert np.array_equal(pixels.permute(1, 2, 0).numpy(), decode(small, Images()).rgb)
     assert not np.shares_memory(decode(large, Images(), scratch).rgb, scratch)
+
+
+# --- found by tests/test_fuzz.py ---
+
+
+def test_a_signalling_nan_is_nothing_and_warns_of_nothing():
+    floats = np.full((4, 4), 0.5, np.float32)
+    data = encode(Image.fromarray(floats), "TIFF").replace(struct.pack("<f", 0.5), struct.pack("<I", 0x7FA00000), 1)
+    assert decode(data, LIMITS).rgb[:, :, 0].ravel().tolist() == [0] + [128] * 15
+
+
+def test_a_tiff_without_strips_for_all_its_rows_is_corrupt():
+    """Pillow takes the rest for black: a kilobyte was 64 Mpx, 30 seconds and 1.7 GB."""
+    error = refusal(tiff({278: 4}, bytes(16), width=4, height=1_000_000))
+    assert error.reason is Reason.CORRUPT_IMAGE
+    assert error.detail == "TIFF: strips for 4 rows of 1000000, as its header has it"

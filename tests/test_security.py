@@ -113,3 +113,11 @@ def test_urls_are_not_fetched(make_spec: MakeSpec, tmp_path: Path) -> None:
         with pytest.raises(BlockingIOError):  # no one is waiting
             server.accept()
     assert [row["url"] for row in read(spec.output)] == [url] * 4
+
+
+def test_the_files_that_security_md_names_are_there() -> None:
+    root = PACKAGE.parent
+    named = re.findall(r"`([\w/]+(?:\.py|/))`", (root / "SECURITY.md").read_text())
+    assert named
+    for name in named:
+        assert (PACKAGE / name).exists() or (root / name).exists(), name
