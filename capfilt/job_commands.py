@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from capfilt.arguments import Overrides, SpecFile
-from capfilt.printing import err, printable, say
 from capfilt.submit import STOP_SECONDS, pack, prepare, runtime_env
+from capfilt.terminal import err, escaped, say
 
 if TYPE_CHECKING:
     from capfilt.pipelines.jobs import JobServer, JobState
@@ -153,5 +153,5 @@ def _ended(state: JobState) -> str:
 
 
 def _write(text: str) -> None:
-    sys.stdout.write(printable(text))
+    sys.stdout.write("\n".join(map(escaped, text.split("\n"))))
     sys.stdout.flush()

@@ -28,8 +28,8 @@ from typing import Any, Self
 
 from capfilt.errors import DatasetError, LeaseHeldError, LeaseLostError
 from capfilt.holder import FOLDER, Files, Holder, Standing
-from capfilt.inputs import one_line
 from capfilt.logs import event
+from capfilt.stores import one_line
 
 BEATS = 6
 """In the time after which a silent holder gives way."""

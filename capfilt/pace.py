@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
-
 from capfilt.plan import Plan, Stage
 from capfilt.receipts import Receipt
+from capfilt.stores import connect
 
 _NEWEST = 50  # run records looked through, newest first
 
@@ -103,7 +102,7 @@ def costs(plan: Plan, paces: Mapping[Stage, tuple[str, Pace]]) -> list[Cost]:
 
 def last_paces(output: str, options: Mapping[str, Any]) -> dict[Stage, tuple[str, Pace]]:
     """By stage, the newest run on record that did anything there, and its pace."""
-    fs, root = fsspec.core.url_to_fs(output, **options)
+    fs, root = connect(output, options)
     found: dict[Stage, tuple[str, Pace]] = {}
     try:
         names = (path.rstrip("/").rpartition("/")[2] for path in fs.ls(f"{root}/_runs", detail=False))

@@ -44,7 +44,7 @@ def pack(module: nn.Module) -> None:
     Results differ from the plain layers' by rounding. What is packed is no parameter any more: it can compute, not be
     saved or trained.
     """
-    if not torch.backends.mkl.is_available() or not _serves():
+    if not torch.backends.mkl.is_available() or not _serves():  # type: ignore[no-untyped-call]
         return
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):

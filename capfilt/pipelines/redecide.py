@@ -14,20 +14,22 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from capfilt.dataset import DataFile, ShardFiles
 from capfilt.decide import Text, decide, row_outcome
-from capfilt.errors import DatasetError, InputError
+from capfilt.errors import DatasetError, InputError, StoreError
 from capfilt.fragments import Fragment, read_footer, read_rows
-from capfilt.inputs import InputFile, Opened, one_line
+from capfilt.inputs import InputFile, Opened
 from capfilt.pipelines.earlier import read_annotations, table_url, texts_of
 from capfilt.pipelines.job import Job
 from capfilt.pipelines.output import Output
 from capfilt.receipts import Receipt
 from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE, TEXT_STRUCT, Reason, Status
+from capfilt.stores import one_line, persist
 
 _ROWS = 4096
 """Rows judged at a time; bounds memory."""
@@ -92,8 +94,12 @@ def redecide(job: Job, work: Redecision) -> Receipt:
         The stored receipt; one with `failure` where something cannot be read just now.
 
     Raises:
-        OSError: the output cannot be written.
+        StoreError: the output cannot be written.
     """
+    return persist(partial(_redecide, job, work), of=StoreError)  # half a file cannot be sent on
+
+
+def _redecide(job: Job, work: Redecision) -> Receipt:
     seconds: dict[str, float] = defaultdict(float)
     try:
         begin = time.perf_counter()
