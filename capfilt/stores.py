@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import fsspec
 import pyarrow as pa
+from deltalake.exceptions import DeltaError
 
 from capfilt.errors import CapfiltError, DatasetError, StoreError
 
@@ -52,7 +53,8 @@ _LASTING_NAMES = {  # of the clients' own kinds, which are not imported for this
 }
 _PASSING_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch"}  # among S3's 400s
 _PASSING_STATUS = {408, 409, 425, 429}
-_DELTA_STORE = re.compile(r"Generic (?!LocalFileSystem)\w+ error|HTTP error|error sending request")
+_DELTA_STORE = re.compile(r"Generic \w+ error|HTTP error|error sending request")
+_DELTA_LASTING = re.compile(r"Generic LocalFileSystem|lacked (?:the necessary privileges|valid authentication)")
 _DELTA_STATUS = re.compile(r"(?:status(?: code)?:?|with) (\d{3}) [A-Z]")
 
 
@@ -69,11 +71,12 @@ def transient(error: BaseException) -> bool:
         return transient(error.__cause__)
     if isinstance(error, _LASTING) or type(error).__name__ in _LASTING_NAMES:
         return False
-    if type(error).__module__.startswith("deltalake") or (isinstance(error, OSError) and "Generic" in str(error)):
-        if not _DELTA_STORE.search(str(error)):
-            return False
-        said = _DELTA_STATUS.search(str(error))
-        return said is None or _passes(int(said[1]))
+    if isinstance(error, DeltaError) and not _DELTA_STORE.search(str(error)):
+        return False
+    if isinstance(error, (DeltaError, OSError)) and _DELTA_LASTING.search(str(error)):
+        return False
+    if said := _DELTA_STATUS.search(str(error)):
+        return _passes(int(said[1]))
     code, status = _answer(error)
     if code in _PASSING_CODES:
         return True
@@ -217,7 +220,7 @@ def delta_options(output: str, options: Mapping[str, Any]) -> dict[str, str]:
     if "://" not in output:
         return mapped
     if fsspec.utils.get_protocol(output) in _S3:
-        mapped = {**_configured(), **mapped}
+        mapped = {**_configured(output), **mapped}
     if mapped.get("AWS_ENDPOINT_URL", "").startswith("http://"):
         mapped.setdefault("AWS_ALLOW_HTTP", "true")
     signed = mapped.get("AWS_SKIP_SIGNATURE") != "true"
@@ -230,13 +233,20 @@ def delta_options(output: str, options: Mapping[str, Any]) -> dict[str, str]:
     return {"max_retries": str(REQUESTS - 1), "retry_timeout": "60s", **mapped}
 
 
-def _configured() -> dict[str, str]:
+def _configured(output: str) -> dict[str, str]:
     """Endpoint and region where s3fs takes them from: the environment, else the profile."""
     import botocore.session
     from botocore.configprovider import ConfiguredEndpointProvider
+    from botocore.exceptions import ProfileNotFound
 
     session = botocore.session.get_session()
-    endpoint = ConfiguredEndpointProvider(session.full_config, session.get_scoped_config(), "s3").provide()
+    try:
+        profile = session.get_scoped_config()
+    except ProfileNotFound as error:
+        raise DatasetError(
+            f"{output}: {error}; AWS_PROFILE names one of ~/.aws/config or ~/.aws/credentials"
+        ) from error
+    endpoint = ConfiguredEndpointProvider(session.full_config, profile, "s3").provide()
     region = session.get_config_variable("region")
     found = {"AWS_ENDPOINT_URL": endpoint, "AWS_REGION": region}
     return {name: value for name, value in found.items() if value}

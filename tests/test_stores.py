@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -83,6 +84,7 @@ PASSES: list[tuple[Exception, bool]] = [
     (OSError(RESET), True),
     (OSError(REFUSED.format("503 Service Unavailable")), True),
     (OSError(REFUSED.format("403 Forbidden")), False),
+    (OSError("The operation lacked the necessary privileges to complete for path out/1.json"), False),
     (OSError("Generic LocalFileSystem error: Unable to open file"), False),
     (DeltaError(f"Kernel error: {RESET}"), True),
     (DeltaError("Kernel error: no protocol found"), False),
@@ -178,7 +180,7 @@ RETRIES = {"max_retries": str(REQUESTS - 1), "retry_timeout": "60s"}
         ),
         (
             {},
-            {"AWS_ENDPOINT_URL_S3": "https://minio:9000", "AWS_PROFILE": "default"},
+            {"AWS_ENDPOINT_URL_S3": "https://minio:9000", "AWS_PROFILE": "mine"},
             {
                 "AWS_ENDPOINT_URL": "https://minio:9000",
                 "AWS_FORCE_CREDENTIAL_LOAD": "true",
@@ -193,8 +195,14 @@ RETRIES = {"max_retries": str(REQUESTS - 1), "retry_timeout": "60s"}
     ],
 )
 def test_storage_options_are_translated(
-    options: dict[str, Any], environment: dict[str, str], expected: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    options: dict[str, Any],
+    environment: dict[str, str],
+    expected: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    (tmp_path / "config").write_text("[profile mine]\n")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert delta_options("s3://bucket/out", options) == {**RETRIES, **expected}
@@ -208,3 +216,9 @@ def test_storage_options_are_refused(name: str, hint: str) -> None:
         DatasetError, match=rf"s3://b/out: storage option '{name}' cannot be used for outputs: .*{hint}"
     ):
         delta_options("s3://b/out", {name: "x"})
+
+
+def test_a_profile_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_PROFILE", "typo")
+    with pytest.raises(DatasetError, match=r"s3://b/out: .*\(typo\) could not be found; AWS_PROFILE names one of"):
+        delta_options("s3://b/out", {})
