@@ -319,7 +319,7 @@ class CuratedDataset:
         }
 
     def files(self, shards: Sequence[str]) -> dict[str, ShardFiles]:
-        """The files of committed shards, from the log alone."""
+        """The files of committed shards, in order of their rows, from the log alone."""
         found: dict[str, dict[str, list[DataFile]]] = {shard: {table: [] for table in DIRECTORIES} for shard in shards}
         for table, delta in self._tables.items():
             actions = _actions(delta, shards)
@@ -333,7 +333,10 @@ class CuratedDataset:
             for shard, path, rows, size, k, n in zip(*columns, kept, no_errors, strict=True):
                 errors = rows - n if table == ANNOTATIONS else 0
                 found[shard][table].append(DataFile(path, rows, size, errors, k))
-        return {shard: ShardFiles(**{table: tuple(of[table]) for table in DIRECTORIES}) for shard, of in found.items()}
+        return {
+            shard: ShardFiles(**{table: tuple(sorted(of[table], key=lambda file: file.path)) for table in DIRECTORIES})
+            for shard, of in found.items()
+        }
 
     def commit(self, shards: Sequence[ShardCommit]) -> int:
         """Make whole shards part of the dataset, each in place of whatever it held under that name: all, or none.

@@ -239,16 +239,15 @@ def test_what_a_worker_finds_wrong_with_the_spec_is_said_as_such(spec: Path) -> 
         assert elsewhere not in done.stderr
 
 
-def test_what_no_one_foresaw_in_a_worker_shows_where(spec: Path) -> None:
+def test_an_output_that_a_worker_cannot_write_names_the_place(spec: Path) -> None:
     receipts = spec.parent / "out" / "_runs" / "receipts"
     receipts.parent.mkdir(parents=True)
     receipts.write_text("a file where a directory must be")
     done = capfilt("run", spec)
     assert done.returncode == 1
-    assert re.search(r"^capfilt: a worker failed on 0000[01]-.*: (FileExists|NotADirectory)Error", done.stderr, re.M)
-    assert "Traceback (most recent call last)" in done.stderr
-    assert "receipts.py" in done.stderr
-    assert "cli.py" not in done.stderr  # the worker's, not the command line's
+    line = r"^capfilt: .*/out.* cannot be written: (FileExists|NotADirectory)Error: .*run again to resume$"
+    assert re.search(line, done.stderr, re.M), done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

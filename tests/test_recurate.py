@@ -28,7 +28,7 @@ from capfilt.fingerprints import run_fingerprints
 from capfilt.holder import FOLDER
 from capfilt.inputs import list_inputs
 from capfilt.pace import Pace, last_paces
-from capfilt.pipelines.curate import Execute, Summary, _Driver, curate, in_process
+from capfilt.pipelines.curate import Execute, Summary, _Driver, _lease, curate, in_process
 from capfilt.pipelines.job import Job, LoadModels
 from capfilt.pipelines.progress import Display
 from capfilt.pipelines.redecide import Redecision, redecisions
@@ -509,9 +509,9 @@ def test_a_plan_that_another_run_overtook_before_it_began_is_refused(make_spec: 
     plan = make_plan(changed, prints, CuratedDataset.committed_in(spec.output, {}))
     run(other_filter(spec))
     dataset, job = CuratedDataset.for_writing(spec.output, {}), Job(changed, prints, "late")
-    summary, display = Summary("late", spec.output, prints), Display(Console(file=io.StringIO()), 1)
+    summary, display = Summary("late", spec.output, prints), Display(console := Console(file=io.StringIO()), 1)
     with pytest.raises(ConflictError, match="another run committed 0000"):
-        _Driver(job, dataset, plan, display, summary).run(in_process, load_hash)
+        _Driver(job, dataset, plan, display, summary, _lease(changed, "late", console)).run(in_process, load_hash)
     assert tables(spec.output) == scratch(other_filter(spec))
 
 

@@ -53,7 +53,7 @@ def test_what_is_sent_is_what_was_written(project: Path, tmp_path: Path) -> None
     assert isinstance(here, CurateSpec)
     assert there.input.paths == (str(project / "data"), "s3://bucket/x")
     assert there.output == str(project / "out")
-    assert there.ray.model_dump() == {"address": "auto", "num_cpus": None}
+    assert there.ray.model_dump() == {"address": "auto", "num_cpus": None, "metrics_port": None}
     paths = [card.checkpoint.path for card in there.cards.values() if isinstance(card.checkpoint, LocalCheckpoint)]
     assert paths == [str(tmp_path / "checkpoints" / "0-captioner"), str(tmp_path / "checkpoints" / "1-filter")]
     assert run_fingerprints(there) == run_fingerprints(here)  # nothing is done again for having been sent
