@@ -200,21 +200,9 @@ def _write_pairs(job: Job, work: Redecision, out: Output, table: pa.Table, was: 
 def _judged(column: pa.ChunkedArray) -> Iterator[list[Text]]:
     """The texts of each row with their verdicts."""
     flat = column.combine_chunks().flatten()
-    verdicts = zip(*(pc.struct_field(flat, name).to_pylist() for name in ("kept", "reason")), strict=True)
+    reasons = iter([reason and Reason(reason) for reason in pc.struct_field(flat, "reason").to_pylist()])
     for texts in texts_of(column):
-        yield [
-            Text(
-                text.source,
-                text.candidate,
-                text.text,
-                text.clean,
-                text.captioner,
-                text.scores,
-                kept,
-                None if reason is None else Reason(reason),
-            )
-            for text, (kept, reason) in zip(texts, verdicts, strict=False)
-        ]
+        yield [text.judged(next(reasons)) for text in texts]
 
 
 def _image_of(row: int, pairs: Iterator[tuple[int, bytes]], job: Job, work: Redecision) -> bytes:
