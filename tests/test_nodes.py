@@ -26,8 +26,8 @@ SLOWLY = ["fragment_rows=10", "captioners.0.batch_size=1", "filters.0.batch_size
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Site:
-    """900 rows in 6 shards, and what a run without Ray makes of them."""
-    site = build(tmp_path_factory.mktemp("site"), Path(), images=900, shards=6)
+    """600 rows in 6 shards, and what a run without Ray makes of them."""
+    site = build(tmp_path_factory.mktemp("site"), Path(), images=600, shards=6)
     output = site.folder / "reference"
     curate(load_spec(site.spec, [f"output={output}"]), execute=in_process, console=Console(file=io.StringIO()))
     site.annotations, site.pairs = table(output, "annotations"), table(output, "pairs")
