@@ -435,6 +435,7 @@ class _Driver:
         self._commit_took = self._last_commit - begin
 
     def _finish(self) -> None:
+        self.display.expect(0)  # estimated rows of files that could not be read do not come any more
         self._commit()
         if self._budget.over():
             raise self._sick()

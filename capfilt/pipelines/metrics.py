@@ -107,6 +107,8 @@ class DriverMetrics(Watcher):
     def expect(self, rows: int) -> None:
         """Rows the run is known or estimated to have."""
         self._expected = rows
+        if self._on():
+            self._waiting()
 
     def adopt(self, receipt: Receipt) -> None:
         """Rows by status and errors by reason, of a fragment that is finished, by whichever run."""
@@ -118,6 +120,9 @@ class DriverMetrics(Watcher):
         for reason, rows in receipt.reasons.items():
             if ":" not in reason and reason != Status.KEPT and reason not in _DROPPED:
                 self._meters.add("capfilt_errors", rows, reason=str(reason))
+        self._waiting()
+
+    def _waiting(self) -> None:
         self._meters.add("capfilt_rows_waiting", max(0, self._expected - self._rows))
 
     def update(self, receipt: Receipt) -> None:
