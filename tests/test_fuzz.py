@@ -18,7 +18,7 @@ from capfilt.schema import Reason
 from capfilt.spec import Images
 
 MEGABYTES = 2_000
-"""What a process may grow by: 32 bytes a pixel of images.max_pixels, which a picture of floats in 32 bits takes."""
+"""What a process may grow by: 32 bytes a pixel of images.max_pixels."""
 
 
 def check(found: Found) -> None:
