@@ -159,7 +159,7 @@ def test_a_worker_that_cannot_write_fails_the_run_and_says_why(make_spec: MakeSp
     write_shard(tmp_path / "in" / "new.parquet", [jpeg(1)] * 50)
     shutil.rmtree(tmp_path / "out" / "_runs" / "receipts", ignore_errors=True)
     (tmp_path / "out" / "_runs" / "receipts").write_text("a file where a directory must be")
-    with pytest.raises(CapfiltError, match=r"a worker failed on new-.*: (FileExistsError|NotADirectoryError)"):
+    with pytest.raises(CapfiltError, match=r"receipts/new-.*: cannot be written: (FileExistsError|NotADirectoryError)"):
         run(spec, execute=None)
 
 

@@ -184,7 +184,6 @@ def test_a_ray_job_runs_as_kuberay_submits_it(cluster: Cluster, tmp_path: Path, 
 
 def cron_command(path: Path, address: str) -> list[str]:
     """What the CronJob's pod runs."""
-    pytest.importorskip("capfilt.submit")
     (container,) = manifest("cronjob.yaml")["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     command = mapped_command(shlex.join([*container["command"], *container["args"]]), path)
     head = f"http://{manifest('raycluster.yaml')['metadata']['name']}-head-svc:8265"

@@ -9,11 +9,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import promql_parser
-import pytest
 from manifests import DEPLOY
 
-METRICS = pytest.importorskip("capfilt.pipelines.metrics").METRICS
-
+from capfilt.pipelines.metrics import METRICS
 
 DASHBOARD: dict[str, Any] = json.loads((DEPLOY / "grafana.json").read_text())
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
