@@ -22,7 +22,7 @@ from capfilt.spec import load_spec
 
 CHANGES = {
     Stage.DECIDE: ["thresholds={web: 0.497, synthetic: 0.5}", "keep=all-above-threshold"],
-    Stage.SCORE: ["filters.0.first_token=[CLS]"],
+    Stage.SCORE: ['filters.0.first_token="[CLS]"'],
 }
 STRIKES = [
     *(Strike("driver", "start", share, 0.0, 0.0) for share in (0.5, 0.95)),
