@@ -66,8 +66,9 @@ def test_every_metric_can_be_made_and_names_its_labels() -> None:
     meters = Meters("run")
     for name, metric in METRICS.items():
         meters.add(name, 1.0, **dict.fromkeys(metric.labels, "x"))
-        with pytest.raises(ValueError, match="tag key"):
-            meters.add(name, 1.0, unknown="x")
+        if metric.labels:
+            with pytest.raises(ValueError, match="tag key"):
+                meters.add(name, 1.0)
     assert set(meters._made) == set(METRICS)
     assert all(re.fullmatch(r"capfilt_[a-z_]+(?<!_total)", name) for name in METRICS)
 
