@@ -334,7 +334,9 @@ class CuratedDataset:
                 errors = rows - n if table == ANNOTATIONS else 0
                 found[shard][table].append(DataFile(path, rows, size, errors, k))
         return {
-            shard: ShardFiles(**{table: tuple(sorted(of[table], key=lambda file: file.path)) for table in DIRECTORIES})
+            shard: ShardFiles(
+                **{table: tuple(sorted(of[table], key=lambda file: file.span or (0, 0))) for table in DIRECTORIES}
+            )
             for shard, of in found.items()
         }
 
