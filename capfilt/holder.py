@@ -14,10 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
-import fsspec
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from capfilt.inputs import is_local
+from capfilt.stores import connect, persist
 
 FOLDER = "_runs/lease"
 
@@ -132,7 +132,7 @@ class Files:
     """The numbered files of an output."""
 
     def __init__(self, output: str, options: Mapping[str, Any]) -> None:
-        self._fs, root = fsspec.core.url_to_fs(output.rstrip("/"), **options)
+        self._fs, root = connect(output.rstrip("/"), options)
         self._folder = f"{root}/{FOLDER}"
         self._local = is_local(self._fs)
 
@@ -149,10 +149,13 @@ class Files:
         return sorted(int(stem) for stem in stems if stem.isdecimal())
 
     def newest(self) -> Standing:
+        return persist(self._newest)
+
+    def _newest(self) -> Standing:
         for number in reversed(self._numbers()):
             with contextlib.suppress(FileNotFoundError):  # cleared away since, by a newer one's holder
                 return Standing(number, self._fs.cat_file(self._name(number)))
-            return self.newest()
+            return self._newest()
         return Standing(0)
 
     def create(self, number: int, text: bytes, token: str) -> bool:
@@ -161,12 +164,11 @@ class Files:
         if self._local:
             return self._create_local(name, text)
         try:
-            self._fs.pipe_file(name, text, mode="create")
+            persist(lambda: self._fs.pipe_file(name, text, mode="create"))
         except OSError:  # FileExistsError, or the store's own way to say that
             # It may be ours all the same: an answer was lost, and the store's client tried again.
-            self._fs.invalidate_cache()
-            if self._fs.exists(name):
-                holder = Standing(number, self._fs.cat_file(name)).holder
+            with contextlib.suppress(FileNotFoundError):
+                holder = Standing(number, persist(lambda: self._fs.cat_file(name))).holder
                 return holder is not None and holder.token == token
             raise
         return True
@@ -193,11 +195,11 @@ class Files:
             Path(staged).write_bytes(text)
             Path(staged).replace(name)
         else:
-            self._fs.pipe_file(name, text)
+            persist(lambda: self._fs.pipe_file(name, text))
 
     def remove(self, number: int) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self._fs.rm_file(self._name(number))
+            persist(lambda: self._fs.rm_file(self._name(number)))
 
     def clear_before(self, number: int) -> None:
         """Remove lower numbers; what remains does no harm."""

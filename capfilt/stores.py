@@ -51,6 +51,7 @@ _LASTING_NAMES = {  # of the clients' own kinds, which are not imported for this
     *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "NoRegionError", "InvalidRegionError"),
     *("ParamValidationError", "DefaultCredentialsError", "ClientAuthenticationError"),
 }
+_PASSING_NAMES = {"ClientPayloadError"}  # an answer that broke off: its cause, the parser's, calls itself a 400
 _PASSING_CODES = {"BadDigest", "IncompleteBody", "RequestTimeout", "XAmzContentSHA256Mismatch"}  # among S3's 400s
 _PASSING_STATUS = {408, 409, 425, 429}
 _DELTA_STORE = re.compile(r"Generic \w+ error|HTTP error|error sending request")
@@ -71,6 +72,8 @@ def transient(error: BaseException) -> bool:
         return transient(error.__cause__)
     if isinstance(error, _LASTING) or type(error).__name__ in _LASTING_NAMES:
         return False
+    if type(error).__name__ in _PASSING_NAMES:
+        return True
     if isinstance(error, DeltaError) and not _DELTA_STORE.search(str(error)):
         return False
     if isinstance(error, (DeltaError, OSError)) and _DELTA_LASTING.search(str(error)):

@@ -220,7 +220,7 @@ class _Proxy(BaseHTTPRequestHandler):
             step = max(1, len(body) // 10)
             for start in range(0, len(body), step):
                 self.wfile.write(body[start : start + step])
-                time.sleep(0.1)
+                time.sleep(0.03)
         elif self.command != "HEAD":
             self.wfile.write(body)
 

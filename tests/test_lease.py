@@ -15,6 +15,7 @@ from typing import Any
 
 import fsspec
 import pytest
+from s3 import S3, Fault, Several, Struck
 
 from capfilt import holder
 from capfilt.errors import DatasetError, LeaseHeldError, LeaseLostError
@@ -346,37 +347,38 @@ def test_an_answer_that_was_lost_is_not_another_run() -> None:
         fsspec.filesystem("memory").rm("/lease-lost-answer", recursive=True)
 
 
-@pytest.fixture
-def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
-    """Storage options of a server on loopback that speaks S3, with a bucket `bucket`."""
-    server = pytest.importorskip("moto.server", reason="pip install 'moto[server]'").ThreadedMotoServer(
-        "127.0.0.1", port=0, verbose=False
-    )
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.setenv(name, "only for loopback")
-    server.start()
-    options = {"endpoint_url": "http://{}:{}".format(*server.get_host_and_port())}
-    fsspec.filesystem("s3", **options).mkdir("bucket")
-    yield options
-    server.stop()
-
-
-def test_on_s3_one_creates_the_file_and_the_other_hears_so(s3: dict[str, Any]) -> None:
-    output = "s3://bucket/out"
-    files = Files(output, s3)
+def test_on_s3_one_creates_the_file_and_the_other_hears_so(s3: S3, tmp_path: Path) -> None:
+    output = f"s3://data/lease/{tmp_path.name}"
+    files = Files(output, s3.options)
     assert [files.create(1, text, "mine") for text in (b"{}", b"[]")] == [True, False]  # If-None-Match: *
     assert files.newest().text == b"{}"
     files.remove(1)
-    with Lease(output, s3, "a", 0.6):
+    with Lease(output, s3.options, "a", 0.6):
         with pytest.raises(LeaseHeldError, match="held by run a on "):
-            Lease(output, s3, "b").look()
+            Lease(output, s3.options, "b").look()
         time.sleep(0.3)
-        now = standing(output, s3).holder
+        now = standing(output, s3.options).holder
         assert now is not None
         assert now.beat > 0
-    with Lease(output, s3, "b", 0.6):
-        assert standing(output, s3).number == 2
-    assert standing(output, s3).free
+    with Lease(output, s3.options, "b", 0.6):
+        assert standing(output, s3.options).number == 2
+    assert standing(output, s3.options).free
+
+
+def test_a_store_that_fails_for_a_moment_costs_no_lease(s3: S3, tmp_path: Path) -> None:
+    output = f"s3://data/lease/{tmp_path.name}"
+    with Lease(output, s3.options, "a"):
+        pass
+    once = (
+        Struck(Fault.TRUNCATED, r"GET .*list-type.*_runs/lease", 1),
+        Struck(Fault.DOWNLOAD_RESET, r"GET /data/.*_runs/lease/", 1),
+        Struck(Fault.LOST, r"PUT if absent .*_runs/lease/", 1),
+        Struck(Fault.LATE_500, r"PUT /data/.*_runs/lease/", 1),
+    )
+    with s3.faulty(Several(*once)), Lease(output, s3.options, "b"):
+        assert str(standing(output, s3.options).holder).startswith("run b on ")
+    assert len(s3.injected) == len(once)
+    assert standing(output, s3.options).free
 
 
 def test_a_store_that_refuses_is_heard(output: str) -> None:

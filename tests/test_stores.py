@@ -12,6 +12,7 @@ import aiohttp
 import botocore.exceptions
 import pyarrow as pa
 import pytest
+from aiohttp.http_exceptions import ContentLengthError
 from botocore.exceptions import ClientError
 from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundError
 from fsspec.exceptions import FSTimeoutError
@@ -26,6 +27,13 @@ def answered(code: str, status: int) -> Exception:
     error = ClientError({"Error": {"Code": code}, "ResponseMetadata": {"HTTPStatusCode": status}}, "PutObject")
     translated: Exception = translate_boto_error(error)
     return translated
+
+
+def broken_off() -> Exception:
+    """What aiohttp raises where a body ends too early."""
+    error = aiohttp.ClientPayloadError("Response payload is not completed")
+    error.__cause__ = ContentLengthError("Not enough data to satisfy content length header")
+    return error
 
 
 class HttpError(Exception):
@@ -69,6 +77,7 @@ PASSES: list[tuple[Exception, bool]] = [
     (botocore.exceptions.NoCredentialsError(), False),
     (botocore.exceptions.ProfileNotFound(profile="mine"), False),
     (aiohttp.ClientPayloadError("not all of the body came"), True),
+    (broken_off(), True),
     (FSTimeoutError(), True),
     (ConnectionResetError(), True),
     (TimeoutError(), True),
