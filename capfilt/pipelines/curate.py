@@ -126,7 +126,7 @@ def curate(
         KeyboardInterrupt: after committing what is finished.
     """
     begin = time.monotonic()
-    run = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S}-{uuid.uuid4().hex[:8]}"
+    run = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}"
     console = console or Console(stderr=True)
     lease = _lease(spec, run, console)
     lease.look()
