@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,6 +36,9 @@ from capfilt.schema import ANNOTATIONS, PAIRS, SHARD
 from capfilt.spec import CurateSpec, Input
 from capfilt.stores import REQUESTS
 from capfilt.writer import ParquetWriter
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
+"""A case that is like another one, and has its turn with the slow tests."""
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +176,7 @@ def test_of_drivers_that_commit_at_once_one_wins(spec: CurateSpec, s3: S3) -> No
     assert transactions(spec) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("fault", [Fault.LOST, Fault.LATE_500])
+@pytest.mark.parametrize("fault", [Fault.LOST, slow(Fault.LATE_500)])
 def test_of_two_runs_that_race_one_loses_cleanly(
     spec: CurateSpec, s3: S3, undisturbed: dict[str, Any], fault: Fault
 ) -> None:
@@ -206,11 +210,11 @@ def test_a_store_that_overwrites_when_asked_not_to_is_refused(spec: CurateSpec, 
     ("pattern", "message"),
     [
         (r"PUT /data/out/.*annotations/shard=", r"annotations/shard=.*\.parquet: cannot be written: PermissionError"),
-        (r"PUT /data/out/.*receipts/", r"_runs/receipts/\d-.*: cannot be written: PermissionError: Access Denied"),
-        (r"PUT /data/out/.*_runs/20", r"_runs/20.*/run\.json: cannot be written: PermissionError: Access Denied"),
+        slow(r"PUT /data/out/.*receipts/", r"_runs/receipts/\d-.*: cannot be written: PermissionError: Access Denied"),
+        slow(r"PUT /data/out/.*_runs/20", r"_runs/20.*/run\.json: cannot be written: PermissionError: Access Denied"),
         (COMMIT, r"annotations: cannot be committed to: .*lacked the necessary privileges"),
         (r"GET .*prefix=web", r"s3://data/web: cannot be listed: PermissionError: Access Denied"),
-        (r"GET .*prefix=.*/_runs/closed", r"_runs/closed: cannot be listed: PermissionError: Access Denied"),
+        slow(r"GET .*prefix=.*/_runs/closed", r"_runs/closed: cannot be listed: PermissionError: Access Denied"),
     ],
 )
 def test_what_is_denied_is_named_and_not_asked_again(spec: CurateSpec, s3: S3, pattern: str, message: str) -> None:
@@ -256,12 +260,12 @@ PARTS = {
 }
 
 
-def write_large(url: str, s3: S3) -> tuple[int, int]:
-    """A pairs file of 36 MiB, which goes up in three parts. Its rows and size."""
+def write_large(url: str, s3: S3, rows: int = 6) -> tuple[int, int]:
+    """A pairs file of 4 MiB a row, which goes up in parts of 16. Its rows and size."""
     writer = ParquetWriter(PAIRS, url, s3.options)
     row: dict[str, Any] = dict.fromkeys(writer.schema.names)
     try:
-        for n in range(9):
+        for n in range(rows):
             writer.append({**row, "row": n, "image": bytes([n]) * 4 * 2**20, "captions": []}, 4 * 2**20)
         return writer.rows, writer.close()
     except BaseException:
@@ -269,7 +273,7 @@ def write_large(url: str, s3: S3) -> tuple[int, int]:
         raise
 
 
-@pytest.mark.parametrize("fault", PARTS)
+@pytest.mark.parametrize("fault", [Fault.UPLOAD_RESET, Fault.LOST, slow(Fault.LATE_500), slow(Fault.SLOW_DOWN)])
 def test_an_upload_in_parts_survives(s3: S3, tmp_path: Path, fault: Fault) -> None:
     url = f"s3://data/parts/{tmp_path.name}.parquet"
     with s3.faulty(Struck(fault, PARTS[fault], times=1)):
@@ -282,7 +286,7 @@ def test_an_upload_in_parts_survives(s3: S3, tmp_path: Path, fault: Fault) -> No
 def test_an_upload_in_parts_that_dies_leaves_nothing_to_be_seen(s3: S3, tmp_path: Path) -> None:
     url = f"s3://data/parts/{tmp_path.name}.parquet"
     with s3.faulty(Struck(Fault.DENIED, r"PUT .*partNumber=2")), pytest.raises(StoreError, match="cannot be written"):
-        write_large(url, s3)
+        write_large(url, s3, 9)
     assert not s3.files().exists(url)
     assert s3.files().list_multipart_uploads("data") == []
 
