@@ -128,7 +128,7 @@ def change(rng: random.Random, spec: CurateSpec, stage: Stage) -> CurateSpec:
 
 
 @pytest.mark.parametrize("stage", Stage)
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3, 4))])
 def test_a_restart_ends_with_what_a_run_from_scratch_makes(
     make_spec: MakeSpec, tmp_path: Path, stage: Stage, seed: int
 ) -> None:
@@ -442,7 +442,7 @@ def dying_after(units: int) -> Execute:
 
 @pytest.mark.usefixtures("web")
 @pytest.mark.parametrize("stage", [Stage.DECIDE, Stage.SCORE])
-@pytest.mark.parametrize("after", [0, 1, 5, 8])
+@pytest.mark.parametrize("after", [1, 5, *(pytest.param(after, marks=pytest.mark.slow) for after in (0, 8))])
 def test_a_dead_driver_costs_what_was_in_flight(make_spec: MakeSpec, stage: Stage, after: int) -> None:
     spec = make_spec()
     run(spec)
