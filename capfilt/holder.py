@@ -167,6 +167,7 @@ class Files:
             persist(lambda: self._fs.pipe_file(name, text, mode="create"))
         except OSError:  # FileExistsError, or the store's own way to say that
             # It may be ours all the same: an answer was lost, and the store's client tried again.
+            self._fs.invalidate_cache()  # which was filled before the file was there
             with contextlib.suppress(FileNotFoundError):
                 holder = Standing(number, persist(lambda: self._fs.cat_file(name))).holder
                 return holder is not None and holder.token == token
