@@ -258,7 +258,7 @@ def plan(spec: SpecFile, overrides: Overrides = None) -> None:
     """Say what a run would do, why, and how long it would take. Reads listings, logs and run records only."""
     from capfilt.dataset import CuratedDataset
     from capfilt.fingerprints import run_fingerprints
-    from capfilt.pace import costs, last_paces
+    from capfilt.pace import NEWEST, costs, last_paces
     from capfilt.plan import make_plan
 
     loaded = load_curate_spec(spec, overrides or ())
@@ -267,7 +267,8 @@ def plan(spec: SpecFile, overrides: Overrides = None) -> None:
     for why, count in work.reasons.items():
         size = sum(file.size for file, reason in work.todo if reason is why)
         say(f"curate {count:,} shards ({size:,} bytes): {why}")
-    for cost in costs(work, last_paces(loaded.output, loaded.output_options)):
+    records = CuratedDataset(loaded.output, loaded.output_options).runs(NEWEST)
+    for cost in costs(work, last_paces(records)):
         say(str(cost))
     say(f"leave {len(work.done):,} shards: up to date")
     if work.moved:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from capfilt.plan import Plan, Stage
 from capfilt.receipts import Receipt
-from capfilt.stores import connect
+from capfilt.records import RunRecord
 
-_NEWEST = 50  # run records looked through, newest first
+NEWEST = 50
+"""Runs on record that are looked through for their pace."""
 
 
 @dataclass
@@ -100,23 +99,15 @@ def costs(plan: Plan, paces: Mapping[Stage, tuple[str, Pace]]) -> list[Cost]:
     return found
 
 
-def last_paces(output: str, options: Mapping[str, Any]) -> dict[Stage, tuple[str, Pace]]:
-    """By stage, the newest run on record that did anything there, and its pace."""
-    fs, root = connect(output, options)
+def last_paces(records: Iterable[RunRecord]) -> dict[Stage, tuple[str, Pace]]:
+    """By stage, the first of the runs, which are to be the newest first, that did anything there, and its pace."""
     found: dict[Stage, tuple[str, Pace]] = {}
-    try:
-        names = (path.rstrip("/").rpartition("/")[2] for path in fs.ls(f"{root}/_runs", detail=False))
-    except FileNotFoundError:
-        return found
-    for run in sorted((name for name in names if name[0].isdigit()), reverse=True)[:_NEWEST]:  # they begin with a date
+    for record in records:
         try:
-            stages = json.loads(fs.cat_file(f"{root}/_runs/{run}/summary.json")).get("stages", {})
-            paces = {Stage(name): Pace(**own) for name, own in stages.items()}
-        except (FileNotFoundError, ValueError, TypeError, AttributeError):  # none, or another version's: tells nothing
+            paces = {Stage(name): Pace(**own) for name, own in record.details.get("stages", {}).items()}
+        except (ValueError, TypeError, AttributeError):  # another version's: tells nothing
             continue
         for stage, pace in paces.items():
             if pace.rate is not None:
-                found.setdefault(stage, (run, pace))
-        if len(found) == len(Stage):
-            break
+                found.setdefault(stage, (record.run, pace))
     return found

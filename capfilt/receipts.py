@@ -19,6 +19,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from capfilt.dataset import DIRECTORIES, Counts, DataFile, Provenance, ShardCommit
+from capfilt.inputs import is_local
 from capfilt.plan import Stage
 from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE
 from capfilt.stores import blamed, connect, persist
@@ -123,10 +124,10 @@ def store(receipt: Receipt, output: str, options: Mapping[str, Any]) -> None:
     name = f"{directory}/{receipt.start:09d}-{receipt.stop:09d}-{uuid.uuid4().hex[:8]}.{run}.json"
     text = receipt.model_dump_json().encode()
     with blamed(f"{output}/{RECEIPTS}/{receipt.shard}: cannot be written"):
-        if "file" in fs.protocol:
+        if is_local(fs):
             _store_locally(directory, name, text)
         else:
-            fs.pipe_file(name, text)
+            persist(lambda: fs.pipe_file(name, text))
 
 
 def _store_locally(directory: str, name: str, text: bytes) -> None:
@@ -225,7 +226,7 @@ def discard(output: str, options: Mapping[str, Any], closed: Container[str]) -> 
     if doomed := [name for name, run in runs.items() if run is None or run[1] in closed]:
         with blamed(f"{output}/{RECEIPTS}: cannot be deleted"):
             persist(lambda: fs.rm(doomed))
-    if "file" in fs.protocol:
+    if is_local(fs):
         folder = Path(f"{root}/{RECEIPTS}")
         for empty in [*folder.glob("*"), folder]:
             with contextlib.suppress(OSError):  # another run's receipt is in it, or has just been put there

@@ -557,16 +557,16 @@ def test_a_file_that_kills_its_workers_is_given_up_and_the_others_of_its_batch_a
 @pytest.mark.usefixtures("web")
 def test_runs_leave_their_pace_by_stage(make_spec: MakeSpec) -> None:
     spec = make_spec()
-    assert last_paces(spec.output, {}) == {}
+    assert last_paces(CuratedDataset(spec.output, {}).runs()) == {}
     first = run(spec)
     second = run(other_filter(spec))
-    paces = last_paces(spec.output, {})
+    paces = last_paces(CuratedDataset(spec.output, {}).runs())
     assert {stage: run for stage, (run, _) in paces.items()} == {Stage.CAPTION: first.run, Stage.SCORE: second.run}
     (_, pace) = paces[Stage.SCORE]
     assert pace == second.stages[Stage.SCORE]
     assert (pace.rows, pace.images, pace.captions) == (300, 297, 0)
     Path(spec.output, "_runs", second.run, "summary.json").write_text("{")
-    assert last_paces(spec.output, {}).keys() == {Stage.CAPTION}
+    assert last_paces(CuratedDataset(spec.output, {}).runs()).keys() == {Stage.CAPTION}
 
 
 @pytest.mark.parametrize(

@@ -363,7 +363,7 @@ class TextTransformer(nn.Module):
     def look(self, seen_BTW: Tensor) -> list[Keys]:
         """What the texts read of their images: every layer's keys and values, a head's side by side in memory.
 
-        A decoder reads them at every token; from memory in that order, half as fast again.
+        A decoder reads them at every token, and faster from memory in that order.
         """
         return [Keys(*(part.contiguous() for part in layer.crossattention.project(seen_BTW))) for layer in self.layers]
 

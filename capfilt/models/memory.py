@@ -14,8 +14,8 @@ def keep_freed_memory() -> None:
     """Have this process keep what it frees, to use it again; for good.
 
     glibc gives large blocks back to the system when they are freed and asks for them anew: the system then clears every
-    page of every layer's activations, a tenth of the time of a base network. The process stays as large as it once had
-    to be. With another C library nothing happens.
+    page of every layer's activations. The process stays as large as it once had to be. With another C library nothing
+    happens.
     """
     if platform.libc_ver()[0] == "glibc":
         mallopt = ctypes.CDLL(None).mallopt
