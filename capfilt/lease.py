@@ -170,6 +170,10 @@ class Lease:
         if self._lost:
             raise self._lost
 
+    def cause(self, error: BaseException) -> BaseException:
+        """What ended the run: the loss of the lease, where it was interrupted to tell it so; else the error itself."""
+        return self._lost if self._lost and isinstance(error, KeyboardInterrupt) else error
+
     def _beat_on(self) -> None:
         while not self._lost and not self._ended.wait(self._limit / BEATS):
             try:
@@ -212,8 +216,8 @@ class Lease:
         self._ended.set()
         self._thread.join()
         if self._lost:
-            if isinstance(error, KeyboardInterrupt):
-                raise self._lost from None
+            if error and (cause := self.cause(error)) is not error:
+                raise cause from None
             return
         try:
             self._give_back()

@@ -158,7 +158,8 @@ def curate(
             summary.outcome = "done"
             return summary
         except BaseException as error:
-            summary.outcome = f"{type(error).__name__}: {error}"
+            cause = lease.cause(error)
+            summary.outcome = f"{type(cause).__name__}: {cause}"
             raise
         finally:
             summary.elapsed = time.monotonic() - begin
