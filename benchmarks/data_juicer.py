@@ -5,7 +5,7 @@
 Each side is the command that its user gives, a fresh process and a fresh cache over a Parquet of the same photographs
 (300 crops of scikit-image's, long side 512 px) and web texts of ten words, in the columns it expects:
 
-    ours    `capfilt run SPEC`: one worker of `--threads` cores
+    ours    `capfilt run SPEC`: `--threads` workers of one core
     theirs  `dj-process --config FILE`: `image_captioning_mapper`, which keeps the original sample beside its k, then
             `image_text_matching_filter`; one process of `--threads` threads (OMP_NUM_THREADS, MKL_NUM_THREADS), or with
             `--processes` as many processes of one thread
@@ -196,7 +196,7 @@ def run_ours(job: Job, folder: Path) -> Run:
     card = {
         "name": "random",
         "image_size": job.image_size,
-        "placement": {"cpus": job.threads},
+        "placement": {"cpus": 1, "min_actors": job.threads, "max_actors": job.threads},
     }
     captioner, itm = ({**card, "checkpoint": {"path": str(job.checkpoints / r)}} for r in ("captioner", "filter"))
     spec = {
@@ -215,6 +215,7 @@ def run_ours(job: Job, folder: Path) -> Run:
         },
         "thresholds": {"web": 0.0, "synthetic": 0.0},
         "keep": "all-above-threshold",
+        "fragment_rows": max(1, len(job.rows) // (2 * job.threads)),  # a file of few rows, for all workers
         "max_error_fraction": 1.0,
     }
     (folder / "spec.yaml").write_text(yaml.safe_dump(spec))

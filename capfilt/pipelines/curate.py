@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import itertools
 import logging
+import math
 import pickle
 import time
 import uuid
@@ -516,6 +517,11 @@ def _check_capacity(spec: CurateSpec) -> None:
         )
 
 
+def _ahead(fragments: int, actors: int) -> int:
+    """Fragments an actor holds: two at work and two at hand; of few, no more than its share, or the first takes all."""
+    return min(4, max(2, math.ceil(fragments / actors)))
+
+
 def _run_window(job: Job, window: list[Fragment], load: LoadModels) -> Iterator[list[Receipt]]:
     import ray
     import ray.data
@@ -537,7 +543,7 @@ def _run_window(job: Job, window: list[Fragment], load: LoadModels) -> Iterator[
                 compute=ray.data.ActorPoolStrategy(
                     min_size=placement.min_actors,
                     max_size=placement.max_actors,
-                    max_tasks_in_flight_per_actor=4,
+                    max_tasks_in_flight_per_actor=_ahead(len(window), placement.max_actors),
                     max_concurrent_calls_per_actor=2,
                     enable_true_multi_threading=True,
                 ),
