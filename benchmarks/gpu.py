@@ -5,11 +5,12 @@
 A GPU is often lent by the minute, so it stays under ten (`--minutes`): what does not fit is left out, and said; a part
 that fails is on record, and the others go on; results are written after each. From a checkout: `PYTHONPATH=.`.
 
-    whole        a `Worker` as a run has it (two fragments at a time; reading, decoding, uploading, captioning, scoring,
-                 deciding, writing Parquet, receipts), without Ray, over photographs of 512 px; steady images/s between
-                 its first and last batch, and how busy the models were
+    whole        `Worker`s as a run has them (two fragments at a time each; reading, decoding, uploading, captioning,
+                 scoring, deciding, writing Parquet, receipts), without Ray, over photographs of 512 px; steady images/s
+                 between the first and the last batch, and how busy the models were; one worker, and two in processes of
+                 their own that share the GPU (`placement: {gpus: 0.5}`)
     engine       `Captioner.caption` and `ItmFilter.score` on resized pixels in memory, k = 1 and k = 8, batch `auto`;
-                 with the decoding step recorded (CUDA graphs) and not, with the vision transformer compiled and not
+                 with the decoding step recorded (CUDA graphs) and not, and with torch's operations for our kernels
     documented   transformers as its pages show, float32 (benchmarks/inference.py)
     best         the same calls in bfloat16, the filter's vision transformer shared by hand, best of three batches
     precision    texts whose decision differs between bfloat16 and float32, at the median of their match probabilities:
@@ -26,6 +27,7 @@ import argparse
 import gc
 import io
 import json
+import multiprocessing
 import os
 import tempfile
 import time
@@ -33,6 +35,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from multiprocessing.queues import SimpleQueue
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +47,9 @@ from pipeline_overhead import SHARD_ROWS, make_shards
 from rich.console import Console
 
 from capfilt.fragments import Fragment
+from capfilt.models import fused
 from capfilt.pipelines.curate import curate
-from capfilt.pipelines.job import Job, LoadModels
+from capfilt.pipelines.job import Job, LoadModels, load_models
 from capfilt.pipelines.worker import Worker
 from capfilt.receipts import Receipt
 from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, Input, LocalCheckpoint, Placement, Sampling
@@ -84,23 +89,47 @@ class Clock:
 # --- the whole ---
 
 
+def work(job: Job, fragments: list[Fragment], ready: Barrier, receipts: SimpleQueue[list[Receipt] | None]) -> None:
+    """Be an actor: curate fragments, two at a time, once all actors have their models."""
+    try:
+        worker = Worker(job)
+        worker.models()
+        ready.wait(timeout=120)
+        with ThreadPoolExecutor(2) as pool:
+            for found in pool.map(worker.process, fragments):
+                receipts.put(found)
+    finally:
+        receipts.put(None)
+
+
 class Spans:
-    """Runs fragments two at a time in one worker, as an actor does; notes when its models computed, and how many rows.
+    """Runs fragments in actors; notes when their models computed, and how many rows.
 
     Attributes:
         rows: of all receipts.
         first, last: when the first batch met the models, and the last one left them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, actors: int) -> None:
+        self._actors = actors
         self.rows, self.first, self.last = 0, float("inf"), 0.0
 
     def __call__(self, job: Job, fragments: Iterator[Fragment], load: LoadModels) -> Iterator[list[Receipt]]:
         """See capfilt.pipelines.curate.curate's `execute`."""
-        worker = Worker(job, load)
-        worker.models()
-        with ThreadPoolExecutor(2) as pool:
-            for receipts in pool.map(worker.process, fragments):
+        assert load is load_models
+        spawn = multiprocessing.get_context("spawn")
+        every, ready, queue = list(fragments), spawn.Barrier(self._actors), spawn.SimpleQueue()
+        actors = [
+            spawn.Process(target=work, args=(job, every[number :: self._actors], ready, queue), daemon=True)
+            for number in range(self._actors)
+        ]
+        for actor in actors:
+            actor.start()
+        working = self._actors
+        while working:
+            if (receipts := queue.get()) is None:
+                working -= 1
+            else:
                 for receipt in receipts:
                     self.rows += receipt.counts.rows
                     if receipt.on_models:
@@ -111,7 +140,7 @@ class Spans:
                 yield receipts
 
 
-def run_whole(checkpoints: Path, folder: Path, arguments: argparse.Namespace, rows: int) -> dict[str, Any]:
+def run_whole(checkpoints: Path, folder: Path, arguments: argparse.Namespace, rows: int, actors: int) -> dict[str, Any]:
     """Curate `rows` photographs from Parquet to Parquet."""
     shards = folder / f"in-{rows}"
     if not shards.exists():
@@ -121,8 +150,7 @@ def run_whole(checkpoints: Path, folder: Path, arguments: argparse.Namespace, ro
     card: dict[str, Any] = {
         "image_size": arguments.image_size,
         "dtype": "bfloat16",
-        "compile": arguments.compile,
-        "placement": Placement(gpus=int(cuda), cpus=max(1, (os.cpu_count() or 1) - 1 if cuda else 1)),
+        "placement": Placement(gpus=int(cuda) / actors, cpus=max(1, (os.cpu_count() or 1) // actors if cuda else 1)),
     }
     captioner, filter_ = (LocalCheckpoint(path=str(checkpoints / role)) for role in ("captioner", "filter"))
     spec = CurateSpec(
@@ -133,7 +161,7 @@ def run_whole(checkpoints: Path, folder: Path, arguments: argparse.Namespace, ro
         filters=(FilterCard(role="filter", name="f", first_token="[CLS]", checkpoint=filter_, **card),),
         sampling=sampling(1),
     )
-    spans = Spans()
+    spans = Spans(actors)
     summary = curate(spec, execute=spans, console=Console(file=io.StringIO()))
     if spans.rows != rows or summary.counts.errors:
         raise RuntimeError(f"{spans.rows} rows of {rows}, {summary.counts}")
@@ -149,17 +177,21 @@ def run_whole(checkpoints: Path, folder: Path, arguments: argparse.Namespace, ro
 def whole(arch: str, checkpoints: Path, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Images/s of a run that takes about `--seconds`, its length chosen by a short one."""
     shortest = SHARD_ROWS if arguments.device == "cuda" else arguments.rows
-    found = run_whole(checkpoints, folder, arguments, shortest)
-    if arguments.device == "cuda":
-        shards = max(1, round(found["images_per_s"] * arguments.seconds / SHARD_ROWS))
-        found = run_whole(checkpoints, folder, arguments, shards * SHARD_ROWS)
-    met = "met" if found["images_per_s"] >= WHOLE[arch] else "MISSED"
-    print(
-        f"  whole: {found['images_per_s']:,.0f} images/s ({found['rows']:,}; target {WHOLE[arch]:,.0f}: {met}), "
-        f"models busy {found['busy'] or 0:.1%}, bottleneck {found['bottleneck']}; stages {found['stages_s']}",
-        flush=True,
-    )
-    return found
+    found = run_whole(checkpoints, folder, arguments, shortest, 1)
+    if arguments.device == "cpu":
+        return found
+    shards = max(2, round(found["images_per_s"] * arguments.seconds / SHARD_ROWS))
+    runs = {}
+    for actors in (1, 2):
+        runs[f"{actors} workers"] = found = run_whole(checkpoints, folder, arguments, shards * SHARD_ROWS, actors)
+        met = "met" if found["images_per_s"] >= WHOLE[arch] else "MISSED"
+        print(
+            f"  whole, workers: {actors}: {found['images_per_s']:,.0f} images/s ({found['rows']:,}; target "
+            f"{WHOLE[arch]:,.0f}: {met}), models busy {found['busy'] or 0:.1%}, bottleneck {found['bottleneck']}; "
+            f"stages {found['stages_s']}",
+            flush=True,
+        )
+    return runs
 
 
 # --- the engine ---
@@ -189,7 +221,7 @@ def engine(checkpoints: Path, arguments: argparse.Namespace, product: float) -> 
     """Ours on resized pixels, in its variants."""
     found: dict[str, Any] = {}
     for k in (1, 8):
-        side = ours(checkpoints, k, arguments, compile=arguments.compile)
+        side = ours(checkpoints, k, arguments)
         batch = min(side.captioner.batch_size, side.filter.batch_size)
         pictures = Pictures(batch, arguments.image_size)
         found[f"k={k}"] = own = spread(rate(side.run, pictures, arguments))
@@ -215,12 +247,16 @@ def engine(checkpoints: Path, arguments: argparse.Namespace, product: float) -> 
     return found
 
 
-def compiled(checkpoints: Path, arguments: argparse.Namespace, plain: float) -> dict[str, Any]:
-    """Ours, k = 1, with the vision transformer compiled, or not where the other parts have it."""
-    other = ours(checkpoints, 1, arguments, compile=not arguments.compile)
-    found = spread(rate(other.run, Pictures(other.captioner.batch_size, arguments.image_size), arguments))
-    ratio = found["median"] / plain
-    print(f"  compile {not arguments.compile}: {ratio:.2f} x the images/s of {arguments.compile}", flush=True)
+def without_kernels(checkpoints: Path, arguments: argparse.Namespace, with_them: float) -> dict[str, Any]:
+    """Ours, k = 1, with torch's operations where capfilt.models.kernels has others."""
+    kernels_for, fused.kernels_for = fused.kernels_for, lambda _: None
+    try:
+        other = ours(checkpoints, 1, arguments)
+        found = spread(rate(other.run, Pictures(other.captioner.batch_size, arguments.image_size), arguments))
+    finally:
+        fused.kernels_for = kernels_for
+    ratio = with_them / found["median"]
+    print(f"  our kernels: {ratio:.2f} x the images/s of torch's operations", flush=True)
     return {"images_per_s": found, "ratio": ratio}
 
 
@@ -293,7 +329,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20, help="of the whole run (default 20)")
     parser.add_argument("--minutes", type=float, default=9.5, help="for everything (default 9.5)")
     parser.add_argument("--repeats", type=int, default=3, help="(default 3)")
-    parser.add_argument("--compile", action="store_true", help="compile the vision transformer in all parts")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device; --device cpu --batch 2 --image-size 64 tries the command out")
@@ -336,8 +371,8 @@ def main() -> None:
         if "base" in speed:
             attempt("base", "transformers", 90, partial(against, folder / "base", arguments, speed["base"], clock))
             attempt("base", "precision", 30, partial(precision, folder / "base", arguments))
-        for arch, plain in speed.items():  # last: a compiler takes what time it takes
-            attempt(arch, "compiled", 120, partial(compiled, folder / arch, arguments, plain))
+        for arch, own in speed.items():
+            attempt(arch, "without kernels", 30, partial(without_kernels, folder / arch, arguments, own))
     if result.get("failed"):
         raise SystemExit(f"these parts failed: {', '.join(result['failed'])}")
 

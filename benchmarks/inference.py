@@ -11,7 +11,6 @@ text of ten words are matched with it. The sides take turns, each in a process o
                  `BlipForImageTextRetrieval` on each image-text pair, a batch of pairs at a time
     hand-tuned   the same `generate`, but the filter's vision transformer runs once an image, and its text encoder over
                  all pairs at once
-    compiled     ours with cards that say `compile: true` (`--compiled`)
     bfloat16     ours with cards of that dtype, not the same results (`--bfloat16`); fast where the processor has matrix
                  units for it (AMX)
 
@@ -247,7 +246,7 @@ def count_flops(ours: Ours, pictures: Pictures) -> int:
     return counter.get_total_flops()
 
 
-VARIANTS: dict[str, dict[str, Any]] = {"ours": {}, "compiled": {"compile": True}, "bfloat16": {"dtype": "bfloat16"}}
+VARIANTS: dict[str, dict[str, Any]] = {"ours": {}, "bfloat16": {"dtype": "bfloat16"}}
 
 
 def serve(name: str, k: int, directory: Path, arguments: argparse.Namespace, pipe: Connection) -> None:
@@ -272,7 +271,7 @@ def serve(name: str, k: int, directory: Path, arguments: argparse.Namespace, pip
             checkpoints.keep_freed_memory = lambda: None  # who uses transformers has none of it
             theirs = Theirs(directory, ours(), sampling)
             run = {"documented": theirs.documented, "hand-tuned": theirs.hand_tuned}[name]
-        run(Pictures(2, arguments.image_size))  # what is done once, and compiled
+        run(Pictures(2, arguments.image_size))  # what is done once
         pipe.send(None)
         while (what := pipe.recv()) is not None:
             gc.collect()
@@ -309,7 +308,7 @@ def measure(k: int, directory: Path, arguments: argparse.Namespace) -> dict[str,
     print(f"k = {k}", flush=True)
     gap, flops = Side("check", k, directory, arguments).ready
     names = ["ours", *([] if arguments.only_ours else ["documented", "hand-tuned"])]
-    names += [name for name in ("compiled", "bfloat16") if getattr(arguments, name)]
+    names += ["bfloat16"] if arguments.bfloat16 else []
     sides = {name: Side(name, k, directory, arguments) for name in names}
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     rates: list[float] = []
@@ -374,7 +373,6 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="(default 3)")
     parser.add_argument("--only-ours", action="store_true", help="time no other side")
     parser.add_argument("--no-itc", action="store_true", help="ours: no image-text contrast")
-    parser.add_argument("--compiled", action="store_true", help="time ours compiled, too")
     parser.add_argument("--bfloat16", action="store_true", help="time ours in bfloat16, too")
     arguments = parser.parse_args()
     chosen = {name: value for name, value in vars(arguments).items() if name != "json"}

@@ -447,15 +447,3 @@ def test_cards(file: Path) -> None:
 
 def test_there_are_cards() -> None:
     assert len(list(MODELS.glob("*.yaml"))) == 8
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler; there is no g++")
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's compiler uses it itself
-def test_a_compiled_vision_transformer_sees_the_same(pair: tuple[Path, Path]) -> None:
-    images = torch.randint(0, 256, (5, 3, 32, 32), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
-    plain, compiled = (load(captioner_card(pair[0], compile=compiled), "cpu") for compiled in (False, True))
-    assert plain.model.state_dict().keys() == compiled.model.state_dict().keys()
-    with torch.inference_mode():
-        for count in (1, 5, 3):
-            torch.testing.assert_close(compiled.see(images[:count]), plain.see(images[:count]), atol=1e-5, rtol=1e-5)

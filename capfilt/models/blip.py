@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import BlipConfig, BlipTextConfig, BlipVisionConfig
 
 from capfilt.errors import CheckpointError
+from capfilt.models import fused
 
 TIED = {
     "text_decoder.cls.predictions.decoder.weight": "text_decoder.bert.embeddings.word_embeddings.weight",
@@ -128,11 +129,14 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Parameter(torch.zeros(1, grid**2 + 1, width))
 
     def forward(self, pixels_BCSS: Tensor) -> Tensor:
-        """[B, T, W]."""
-        patches_BWss = self.patch_embedding(pixels_BCSS)
-        patches_BPW = patches_BWss.flatten(2).transpose(1, 2)
-        tokens_BTW = torch.cat([self.class_embedding.expand(len(pixels_BCSS), -1, -1), patches_BPW], 1)
-        side = patches_BWss.shape[-1]
+        """[B, T, W]. A convolution whose patches do not overlap is a matrix product, and faster as one."""
+        convolution, images = self.patch_embedding, len(pixels_BCSS)
+        patch = convolution.kernel_size[0]
+        side = pixels_BCSS.shape[-1] // patch
+        pixels_BCspsp = pixels_BCSS.view(images, 3, side, patch, side, patch)
+        pixels_BPX = pixels_BCspsp.permute(0, 2, 4, 1, 3, 5).reshape(images, side * side, -1)
+        patches_BPW = F.linear(pixels_BPX, convolution.weight.flatten(1), convolution.bias)
+        tokens_BTW = torch.cat([self.class_embedding.expand(images, -1, -1), patches_BPW], 1)
         return tokens_BTW + resize_positions(self.position_embedding, side).to(tokens_BTW.dtype)
 
 
@@ -153,20 +157,25 @@ class VisionLayer(nn.Module):
 
     def forward(self, x_BTW: Tensor) -> Tensor:
         """[B, T, W] to the same."""
-        x_BTW = x_BTW + self._dropped(self._attend(self.layer_norm1(x_BTW)))
+        x_BTW = x_BTW + self._dropped(self.attend(self.layer_norm1(x_BTW)))
         return x_BTW + self._dropped(_feed(self._feed_forward, x_BTW, self.hidden))
 
     def _feed_forward(self, x_BTW: Tensor) -> Tensor:
-        out: Tensor = self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.layer_norm2(x_BTW))))
+        return self.feed(self.layer_norm2(x_BTW))
+
+    def feed(self, normed_BTW: Tensor) -> Tensor:
+        """The feed-forward branch."""
+        out: Tensor = self.mlp["fc2"](fused.gelu(self.mlp["fc1"], normed_BTW))
         return out
 
-    def _attend(self, x_BTW: Tensor) -> Tensor:
+    def attend(self, x_BTW: Tensor) -> Tensor:
+        """The attention branch, of normed tokens."""
         batch, tokens, width = x_BTW.shape
         qkv_BT3HE = self.self_attn["qkv"](x_BTW).view(batch, tokens, 3, self.heads, width // self.heads)
         qkv_3BHTE = qkv_BT3HE.permute(2, 0, 3, 1, 4)
         q_BHTE, k_BHTE, v_BHTE = qkv_3BHTE if x_BTW.is_cuda else qkv_3BHTE.contiguous()  # a CPU reads rows a page apart
         p = self.dropout if self.training else 0.0
-        mixed_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE, dropout_p=p)
+        mixed_BHTE = fused.attend_all(q_BHTE, k_BHTE, v_BHTE, p)
         out: Tensor = self.self_attn["projection"](mixed_BHTE.transpose(1, 2).flatten(2))
         return out
 
@@ -207,10 +216,21 @@ class VisionTransformer(nn.Module):
     def forward(self, pixels_BCSS: Tensor) -> Tensor:
         """Normalised pixels [B, 3, S, S], S any multiple of the patch size, to tokens [B, T, W]."""
         x_BTW = self.embeddings(pixels_BCSS)
+        if not (self.training or torch.is_grad_enabled()):
+            return self._forward_only(x_BTW)
         for layer in self.layers:
             x_BTW = _run(layer, x_BTW, again=self.checkpointing and self.training)
         out: Tensor = self.post_layernorm(x_BTW)
         return out
+
+    def _forward_only(self, x_BTW: Tensor) -> Tensor:
+        """The same, a residual and the norm after it in one pass."""
+        layers = self.layers
+        normed_BTW: Tensor = layers[0].layer_norm1(x_BTW)
+        for layer, norm in zip(layers, [*(one.layer_norm1 for one in layers[1:]), self.post_layernorm], strict=True):
+            x_BTW, normed_BTW = fused.add_norm(x_BTW, layer.attend(normed_BTW), layer.layer_norm2)
+            x_BTW, normed_BTW = fused.add_norm(x_BTW, layer.feed(normed_BTW), norm)
+        return normed_BTW
 
 
 def resize_positions(positions_1TW: Tensor, side: int) -> Tensor:
@@ -247,26 +267,27 @@ class TextAttention(nn.Module):
         """Keys and values of what is read."""
         return Keys(*(self._split(self.self[name](read_BTW)) for name in ("key", "value")))
 
-    def forward(self, x_NLD: Tensor, read: Keys, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    def forward(
+        self,
+        x_NLD: Tensor,
+        read: Keys,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        last_1: Tensor | None = None,
+    ) -> Tensor:
         """[N, L, D] to the same.
 
         Args:
             read: of B images for N texts, N a multiple of B: consecutive texts are of one image, and become queries of
                 one attention, so that nothing of the image is copied.
             mask: bool, True where a key may be read; broadcasts to [N, H, L, keys].
+            last_1: int64, the last key that the mask lets be read, where it is known on the device alone.
         """
-        q_NHLE = self._split(self.self["query"](x_NLD))
-        rows, heads, length, width = q_NHLE.shape
-        images = len(read.keys)
-        if images != rows:
-            q_NHLE = q_NHLE.reshape(images, -1, heads, length, width).transpose(1, 2).reshape(images, heads, -1, width)
+        q_BHME = self._split(self.self["query"](x_NLD).view(len(read.keys), -1, x_NLD.shape[2]))  # M: an image's L's
         p = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q_NHLE, *read, attn_mask=mask, dropout_p=p, is_causal=causal)
-        if images != rows:
-            mixed = mixed.view(images, heads, -1, length, width).transpose(1, 2).reshape(rows, heads, length, width)
-        out: Tensor = self.output["dense"](mixed.transpose(1, 2).flatten(2))
-        normed: Tensor = self.output["LayerNorm"](self.drop(out) + x_NLD)
-        return normed
+        mixed_BHME = fused.attend(q_BHME, *read, mask=mask, causal=causal, dropout=p, last_1=last_1)
+        out: Tensor = self.output["dense"](mixed_BHME.transpose(1, 2).reshape(x_NLD.shape))
+        return fused.normed_sum(x_NLD, self.drop(out), self.output["LayerNorm"])
 
     def _split(self, x_NLD: Tensor) -> Tensor:
         return x_NLD.view(*x_NLD.shape[:2], self.heads, -1).transpose(1, 2)
@@ -292,6 +313,7 @@ class TextLayer(nn.Module):
         image: Keys | None,
         extend: Callable[[Tensor, Tensor], Keys] | None,
         first: bool = False,
+        last_1: Tensor | None = None,
     ) -> Tensor:
         """[N, L, D] to the same, or to [N, 1, D] of the `first` tokens alone, which read all the others.
 
@@ -300,15 +322,14 @@ class TextLayer(nn.Module):
         own = self.attention.project(x_NLD)
         if first:
             x_NLD = x_NLD[:, :1].contiguous()
-        x_NLD = self.attention(x_NLD, extend(*own) if extend else own, mask, causal)
+        x_NLD = self.attention(x_NLD, extend(*own) if extend else own, mask, causal, last_1)
         if image is not None:
             x_NLD = self.crossattention(x_NLD, image)
         hidden = _feed(self._feed_forward, x_NLD, self.hidden)
-        out: Tensor = self.output["LayerNorm"](self.drop(hidden) + x_NLD)
-        return out
+        return fused.normed_sum(x_NLD, self.drop(hidden), self.output["LayerNorm"])
 
     def _feed_forward(self, x_NLD: Tensor) -> Tensor:
-        out: Tensor = self.output["dense"](F.gelu(self.intermediate["dense"](x_NLD)))
+        out: Tensor = self.output["dense"](fused.gelu(self.intermediate["dense"], x_NLD))
         return out
 
 
@@ -361,11 +382,12 @@ class TextTransformer(nn.Module):
         return list(cast("Iterable[TextLayer]", self.encoder["layer"]))
 
     def look(self, seen_BTW: Tensor) -> list[Keys]:
-        """What the texts read of their images: every layer's keys and values, a head's side by side in memory.
+        """What the texts read of their images: every layer's keys and values.
 
-        A decoder reads them at every token, and faster from memory in that order.
+        On a CPU a head's lie side by side in memory: a decoder reads them at every token, and faster in that order.
         """
-        return [Keys(*(part.contiguous() for part in layer.crossattention.project(seen_BTW))) for layer in self.layers]
+        keys = [layer.crossattention.project(seen_BTW) for layer in self.layers]
+        return keys if seen_BTW.is_cuda else [Keys(*(part.contiguous() for part in own)) for own in keys]
 
     def forward(
         self,
@@ -405,7 +427,8 @@ class TextTransformer(nn.Module):
             extend = _extender(cache, n) if cache else None
             seen = image[n] if image is not None else None
             last = first and n + 1 == len(self.layers)
-            x_NLD = _run(layer, x_NLD, mask, causal, seen, extend, last, again=self.checkpointing and self.training)
+            again = self.checkpointing and self.training
+            x_NLD = _run(layer, x_NLD, mask, causal, seen, extend, last, place_1, again=again)
         if cache and place_1 is None:
             cache.length += ids_NL.shape[1]
         return cast("Tensor", x_NLD)
@@ -461,7 +484,7 @@ class WordHead(nn.Module):
 
     def forward(self, x_NLD: Tensor) -> Tensor:
         """Logits [N, L, V]."""
-        hidden = self.transform["LayerNorm"](F.gelu(self.transform["dense"](x_NLD)))
+        hidden = self.transform["LayerNorm"](fused.gelu(self.transform["dense"], x_NLD))
         logits: Tensor = self.decoder(hidden)
         return logits
 

@@ -22,11 +22,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import BlipConfig
 from transformers.utils import logging as transformers_logging
 
 from capfilt.errors import CheckpointError, SpecError
 from capfilt.fingerprints import TOKENIZER_FILES, checkpoint_files, tokenizer_files, weight_files
+from capfilt.models import fused
 from capfilt.models.blip import CaptioningNetwork, RetrievalNetwork, fill
 from capfilt.models.memory import keep_freed_memory
 from capfilt.models.packed import pack
@@ -38,6 +40,8 @@ from capfilt.weights import inspect
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Network = TypeVar("Network", CaptioningNetwork, RetrievalNetwork)
 _SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
+_SIZES = 32
+"""Batches that cuDNN sees are multiples of it: it plans every other size anew."""
 _PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"]
 
 
@@ -82,10 +86,10 @@ class Loaded(Generic[Network]):
             raise ValueError(f"expected uint8 [B, {expected}], got {images_BCSS.dtype} {tuple(images_BCSS.shape)}")
         # One memory layout whatever the caller's: a row's pixels must meet the same kernels in every run.
         pixels = normalise(images_BCSS.to(self.device).contiguous(), self.dtype)
-        # The patch convolution would use TF32 by default, whose error is far above the captioner's tie tolerance.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            seen_BTW: Tensor = self.model.vision_model(pixels)
-        return seen_BTW
+        if fused.kernels_for(pixels) and (missing := -len(pixels) % _SIZES):
+            pixels = pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing))
+        seen_BTW: Tensor = self.model.vision_model(pixels)
+        return seen_BTW[: len(images_BCSS)]
 
     def ids(self, text: str) -> list[int]:
         """Token ids of a text, no special tokens added."""
@@ -135,9 +139,6 @@ def load(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape anew, in every thread
     materialise(network, device)
     fill(network, state, str(directory))
-    if card.compile:
-        for layer in network.vision_model.layers:
-            layer.compile()  # one piece of code for all of them, at any number of images
     tokenizer = read_tokenizer(directory)
     return Loaded(
         model=network.eval().requires_grad_(False),
@@ -157,8 +158,8 @@ def load_to_run(card: FilterCard, device: str) -> Loaded[RetrievalNetwork]: ...
 def load_to_run(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
     """As :func:`load`, to compute and nothing else.
 
-    On a CPU the linear layers of a float32 network are packed (capfilt.models.packed; a compiled part is not), and the
-    process keeps the memory that it frees (capfilt.models.memory).
+    On a CPU the linear layers of a float32 network are packed (capfilt.models.packed), and the process keeps the memory
+    that it frees (capfilt.models.memory).
 
     Raises:
         CheckpointError, SpecError: as :func:`load`.
@@ -167,7 +168,7 @@ def load_to_run(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
     if loaded.device.type == "cpu":
         keep_freed_memory()
         for part in loaded.model.children():
-            if loaded.dtype == torch.float32 and not (card.compile and part is loaded.model.vision_model):
+            if loaded.dtype == torch.float32:
                 pack(part)
     return loaded
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from capfilt.models import fused
 from capfilt.spec import Sampling
 
 TIE_TOLERANCE = 1e-4
@@ -106,15 +107,16 @@ def adjust(logits_RV: Tensor, used_RL: Tensor, banned_V: Tensor, eos: int, step:
     Returns:
         float32 [R, V]; -inf where banned.
     """
-    logits_RV = logits_RV.float()
+    # One pass, from whatever type to float32; a penalty afterwards leaves -inf what it is.
+    out_V = torch.zeros(len(banned_V), device=logits_RV.device).masked_fill_(banned_V, -torch.inf)
+    if step < sampling.min_tokens:
+        out_V[eos] = -torch.inf
+    logits_RV = logits_RV.add_(out_V) if logits_RV.dtype == torch.float32 else logits_RV + out_V
     penalty = sampling.repetition_penalty
     if penalty != 1:
         used_logits_RL = logits_RV.gather(1, used_RL)
         penalised_RL = torch.where(used_logits_RL < 0, used_logits_RL * penalty, used_logits_RL / penalty)
         logits_RV.scatter_(1, used_RL, penalised_RL)
-    logits_RV.masked_fill_(banned_V, -torch.inf)
-    if step < sampling.min_tokens:
-        logits_RV[:, eos] = -torch.inf
     return logits_RV if sampling.temperature == 1 else logits_RV.div_(sampling.temperature)
 
 
@@ -144,7 +146,7 @@ def draw(
         best_RM, doubtful_R = _top_k(best_RM, top_k, tolerance)
     may_RM = must_RM = torch.isfinite(best_RM)
     if top_p < 1:
-        total_R1 = (best_RM if limited else logits_RV).logsumexp(-1, keepdim=True)
+        total_R1 = fused.log_sum_exp(best_RM if limited else logits_RV)
         near_RM, sure_RM = _nucleus(best_RM, total_R1, top_p, tolerance)
         may_RM, must_RM = may_RM & near_RM, must_RM & sure_RM
     unseen_RM = may_RM & (best_RM - tolerance <= best_RM[:, -1:])  # tokens that did not race may be as near

@@ -43,10 +43,6 @@ class _Card(Model):
         default="auto",
         description="Images in one forward pass; `auto` is what a GPU's memory holds, up to 256, and 16 on a CPU.",
     )
-    compile: bool = Field(
-        default=False,
-        description="Compile the vision transformer (torch.compile): a slower start, fewer and larger kernels.",
-    )
     allow_pickle: bool = Field(
         default=False, description="Load pytorch_model.bin where no safetensors exist (weights only, still no code)."
     )
