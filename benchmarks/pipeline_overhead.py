@@ -88,15 +88,16 @@ def photographs() -> list[bytes]:
 
 
 def make_shards(folder: Path, rows: int) -> None:
-    """Fill `folder` with rows / SHARD_ROWS shards, all links to the first."""
-    jpegs = list(islice(cycle(photographs()), SHARD_ROWS))
+    """Fill `folder` with rows / SHARD_ROWS shards, all links to the first; with one of `rows` where they are fewer."""
+    own = min(rows, SHARD_ROWS)
+    jpegs = list(islice(cycle(photographs()), own))
     first = folder / "00000.parquet"
     columns = {
-        "key": [f"{i:09d}" for i in range(SHARD_ROWS)],
-        "url": [f"https://images.example.org/{i % 97}/{i:09d}/photograph-of-something.jpg" for i in range(SHARD_ROWS)],
-        "caption": [f"photograph {i} of a thing that somebody put on the web, best price" for i in range(SHARD_ROWS)],
-        "status": ["success"] * SHARD_ROWS,
-        "error_message": pa.nulls(SHARD_ROWS, pa.string()),
+        "key": [f"{i:09d}" for i in range(own)],
+        "url": [f"https://images.example.org/{i % 97}/{i:09d}/photograph-of-something.jpg" for i in range(own)],
+        "caption": [f"photograph {i} of a thing that somebody put on the web, best price" for i in range(own)],
+        "status": ["success"] * own,
+        "error_message": pa.nulls(own, pa.string()),
         "jpg": pa.array(jpegs, pa.binary()),
     }
     pq.write_table(pa.table(columns), first, row_group_size=100)
