@@ -28,6 +28,7 @@ be committed, and a run that is not listed loses nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -514,12 +515,9 @@ class CuratedDataset:
             storage_options=self._delta_options,
             commit_properties=CommitProperties(app_transactions=[Transaction(_APP, 0)]),
         )
-        try:
+        # A conflict: made between the look and the commit; whose it is shows when it is loaded.
+        with blamed(f"{self._uri(table)}: cannot be created"), contextlib.suppress(CommitFailedError):
             persist(create)
-        except CommitFailedError:
-            pass  # made between the look and the commit; whose it is shows when it is loaded
-        except (DeltaError, OSError) as error:
-            raise DatasetError(f"{self._uri(table)}: cannot be created: {one_line(error)}") from error
 
     def _number(self, table: str) -> int:
         """The transaction number of a table as loaded."""
