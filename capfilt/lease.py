@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from capfilt.errors import DatasetError, LeaseHeldError, LeaseLostError
+from capfilt.errors import LeaseHeldError, LeaseLostError
 from capfilt.holder import FOLDER, Files, Holder, Standing
 from capfilt.logs import event
 from capfilt.stores import blamed, one_line
@@ -81,8 +81,8 @@ class Lease:
         """Return if the lease can be had; may watch another's for as long as its limit.
 
         Raises:
-            DatasetError: the output cannot be looked at.
             LeaseHeldError: a run that lives has it.
+            StoreError: the output cannot be looked at.
         """
         watched: Standing | None = None
         while True:
@@ -105,10 +105,8 @@ class Lease:
         self._found = now
 
     def _read(self) -> Standing:
-        try:
+        with blamed(f"{self._output}: cannot be looked at"):
             return self._files.newest()
-        except Exception as error:  # every store raises its own kinds
-            raise DatasetError(f"{self._output}: cannot be looked at: {one_line(error)}") from error
 
     def _is_silent(self, held: Standing) -> bool:
         """Watch a lease until it changes (False) or its limit has passed."""
@@ -130,9 +128,8 @@ class Lease:
         """Take the lease.
 
         Raises:
-            DatasetError: the output cannot be looked at.
             LeaseHeldError: a run that lives has it.
-            StoreError: the output cannot be written.
+            StoreError: the output cannot be looked at, or written.
         """
         self.look()
         while not self._take(self._found.number + 1):
