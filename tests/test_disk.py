@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from conftest import MakeSpec, jpeg, read, write_shard
 from rich.console import Console
@@ -26,7 +27,9 @@ from test_crash import plain_ids
 from capfilt.dataset import DIRECTORIES
 from capfilt.errors import StoreError
 from capfilt.pipelines.curate import curate, in_process
+from capfilt.schema import FILE_SCHEMAS, PAIRS
 from capfilt.spec import CurateSpec
+from capfilt.writer import ParquetWriter
 
 DRIVER = Path(__file__).parent / "plain_driver.py"
 FRAGMENTS = 8
@@ -36,7 +39,7 @@ CAUSES = {
     "read-only": "Read-only file system",
     "limit": "File too large",
 }
-LEFT = {"blocks": 9, "inodes": 12, "read-only": 0, "limit": 2}
+LEFT = {"blocks": 9, "inodes": 9, "read-only": 0, "limit": 2}
 """The most that is left: blocks of 4 KiB, files, or KiB of each file; less than what the rest of the run takes."""
 FAULTS = {"blocks": 32, "inodes": 8, "read-only": 9, "limit": 9}
 """How many of each kind."""
@@ -190,6 +193,26 @@ def test_a_limit_on_files_is_named_and_costs_nothing(spec: CurateSpec, undisturb
     check_partial(spec.output, undisturbed)
     assert drive(spec).returncode == 0
     check_whole(spec.output, undisturbed)
+
+
+def test_a_file_that_cannot_be_begun_or_grow_is_named(disk: Disk) -> None:
+    """The first bytes are written before the first row is there."""
+    url, full = f"{disk.folder}/1.parquet", rf"^{disk.folder}/1\.parquet: cannot be written: .*No space left on device"
+    row = {**dict.fromkeys(FILE_SCHEMAS[PAIRS].names), "image": bytes(2**20), "captions": []}
+    table = pa.Table.from_pylist([row], FILE_SCHEMAS[PAIRS])
+    writer, fill = ParquetWriter(PAIRS, url, {}), ["/bin/sh", "-c", disk.command("blocks", 0)]
+    subprocess.run(fill, check=True)
+    with pytest.raises(StoreError, match=full):
+        writer.write(table)
+    writer.abandon()
+    subprocess.run(fill, check=True)
+    with pytest.raises(StoreError, match=full):
+        ParquetWriter(PAIRS, url, {})
+    assert not Path(url).exists()
+    disk.mend()
+    writer = ParquetWriter(PAIRS, url, {})
+    writer.write(table)
+    assert writer.close() > 2**20
 
 
 @pytest.mark.slow
