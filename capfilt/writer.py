@@ -97,8 +97,9 @@ class ParquetWriter:
             pa.repeat(self._constant[name], table.num_rows) if name in self._constant else table[name]
             for name in self.schema.names
         ]
+        whole = pa.Table.from_arrays(columns, schema=self.schema)
         with blamed(self._what):
-            self._writer.write_table(pa.Table.from_arrays(columns, schema=self.schema))
+            self._writer.write_table(whole)
         self.rows += table.num_rows
 
     def _flush(self) -> None:
