@@ -649,8 +649,8 @@ class CuratedDataset:
     def _await_clock(self, path: str) -> None:
         """Wait until the clock here shows the time at which the store wrote a file just now.
 
-        Files that are stamped later are not found by a vacuum. Where it is behind for longer than CLOCK_SECONDS, those
-        of the newest attempts that died stay until a later one.
+        Files that are stamped later are not found by a vacuum. Where it is behind by more than CLOCK_SECONDS, those of
+        the newest attempts that died stay until a later one.
         """
         fs, root = self._filesystem()
         with blamed(f"{self.output}/{path}: cannot be looked at"):
@@ -660,7 +660,7 @@ class CuratedDataset:
                 return
         if behind > 0:
             event("clock_behind_store", logging.WARNING, output=self.output, seconds=round(behind, 3))
-            time.sleep(min(behind, CLOCK_SECONDS))
+            time.sleep(behind if behind <= CLOCK_SECONDS else 0)
 
     def _delete(self, path: str) -> bool:
         """Delete a file under the output; False if it was gone, as by a vacuum, which no log need tell."""
