@@ -7,8 +7,8 @@ image and one no picture. Every two seconds the memory of the driver and of each
 threads and their open files are set against the rows that are finished. What grows is the slope of a line through these
 (least squares), after the first fifth of the rows. Before and after the run, the driver counts its own.
 
-Delta's writer has a pool of threads (named as POOL) that come with commits, as many as there are files to write and read at
-once, and go after ten idle seconds. They are no leak, and counted apart; what memory they hold is taken out by a second
+Delta's writer has a pool of threads (POOL) that come with commits, as many as there are files to write or read at once,
+and go after ten idle seconds. They are no leak, and counted apart; what memory they hold is taken out by a second
 variable of the line, and the slope without that is given, too (`mb_in_all`).
 
 Targets: memory grows by less than 1 MB per 100,000 rows in the driver and in each worker; threads and open files do not
