@@ -202,7 +202,7 @@ class Processes(Tree):
     def sample(self) -> None:
         """Look once."""
         super().sample()
-        self._history.append((time.time(), self.cpu()))
+        self._history.append((time.monotonic(), self.cpu()))  # the workers' clock, too
 
     @staticmethod
     def _role(process: psutil.Process) -> str:

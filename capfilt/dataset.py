@@ -28,7 +28,9 @@ be committed, and a run that is not listed loses nothing.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import math
 import re
 import time
@@ -48,6 +50,7 @@ from deltalake.transaction import AddAction, RemoveAction
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
 from capfilt.errors import ConflictError, DatasetError
+from capfilt.logs import event
 from capfilt.records import RUN, RunRecord, read_records
 from capfilt.redaction import redacted
 from capfilt.schema import ANNOTATIONS, PAIRS, PROVENANCE, QUARANTINE, SHARD, table_schema
@@ -55,6 +58,9 @@ from capfilt.stores import blamed, connect, delta_options, one_line, persist, re
 
 DIRECTORIES = {ANNOTATIONS: "annotations", PAIRS: "pairs", QUARANTINE: "_runs/quarantine"}
 """Where each table lies under the output."""
+
+CLOCK_SECONDS = 30.0
+"""How long a vacuum waits for a clock that is behind its store's."""
 
 _APP = "capfilt"
 _FOLLOWERS = (PAIRS, QUARANTINE)
@@ -393,9 +399,13 @@ class CuratedDataset:
         """
         self._writable()
         runs = self._names("_runs") - _RESERVED
+        mark = None
         for run in sorted(runs - self.closed_runs()):
-            self._put(f"_runs/{_CLOSED}/{run}", b"")
+            mark = f"_runs/{_CLOSED}/{run}"
+            self._put(mark, b"")
         self.commit([])
+        if mark:
+            self._await_clock(mark)
         doomed = []
         for table, delta in self._tables.items():
             replaced = _vacuumable(delta, 0, full=False)
@@ -462,10 +472,8 @@ class CuratedDataset:
         return f"{self.output}/{DIRECTORIES[table]}"
 
     def _exists(self) -> bool:
-        try:
+        with blamed(f"{self.output}: cannot be looked at"):
             return persist(lambda: DeltaTable.is_deltatable(self._uri(ANNOTATIONS), self._delta_options))
-        except (DeltaError, OSError) as error:
-            raise DatasetError(f"{self.output}: cannot be looked at: {one_line(error)}") from error
 
     def _connect(self, table: str, version: int | None = None) -> DeltaTable:
         return persist(lambda: DeltaTable(self._uri(table), version=version, storage_options=self._delta_options))
@@ -514,12 +522,9 @@ class CuratedDataset:
             storage_options=self._delta_options,
             commit_properties=CommitProperties(app_transactions=[Transaction(_APP, 0)]),
         )
-        try:
+        # A conflict: made between the look and the commit; whose it is shows when it is loaded.
+        with blamed(f"{self._uri(table)}: cannot be created"), contextlib.suppress(CommitFailedError):
             persist(create)
-        except CommitFailedError:
-            pass  # made between the look and the commit; whose it is shows when it is loaded
-        except (DeltaError, OSError) as error:
-            raise DatasetError(f"{self._uri(table)}: cannot be created: {one_line(error)}") from error
 
     def _number(self, table: str) -> int:
         """The transaction number of a table as loaded."""
@@ -640,6 +645,22 @@ class CuratedDataset:
         fs, root = self._filesystem()
         with blamed(f"{self.output}/{path}: cannot be written"):
             persist(lambda: fs.pipe_file(f"{root}/{path}", data))
+
+    def _await_clock(self, path: str) -> None:
+        """Wait until the clock here shows the time at which the store wrote a file just now.
+
+        Files that are stamped later are not found by a vacuum. Where it is behind by more than CLOCK_SECONDS, those of
+        the newest attempts that died stay until a later one.
+        """
+        fs, root = self._filesystem()
+        with blamed(f"{self.output}/{path}: cannot be looked at"):
+            try:
+                behind = persist(lambda: fs.modified(f"{root}/{path}")).timestamp() - time.time()
+            except NotImplementedError:  # the store does not tell
+                return
+        if behind > 0:
+            event("clock_behind_store", logging.WARNING, output=self.output, seconds=round(behind, 3))
+            time.sleep(behind if behind <= CLOCK_SECONDS else 0)
 
     def _delete(self, path: str) -> bool:
         """Delete a file under the output; False if it was gone, as by a vacuum, which no log need tell."""

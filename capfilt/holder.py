@@ -192,9 +192,13 @@ class Files:
         """Replace a file of ours, whole."""
         name = self._name(number)
         if self._local:
-            staged = f"{self._folder}/.{number}.{os.getpid()}"
-            Path(staged).write_bytes(text)
-            Path(staged).replace(name)
+            staged = Path(f"{self._folder}/.{number}.{os.getpid()}")
+            try:
+                staged.write_bytes(text)
+                staged.replace(name)
+            except OSError:
+                staged.unlink(missing_ok=True)
+                raise
         else:
             persist(lambda: self._fs.pipe_file(name, text))
 

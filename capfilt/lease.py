@@ -26,10 +26,10 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from capfilt.errors import DatasetError, LeaseHeldError, LeaseLostError
+from capfilt.errors import LeaseHeldError, LeaseLostError
 from capfilt.holder import FOLDER, Files, Holder, Standing
 from capfilt.logs import event
-from capfilt.stores import one_line
+from capfilt.stores import blamed, one_line
 
 BEATS = 6
 """In the time after which a silent holder gives way."""
@@ -61,6 +61,7 @@ class Lease:
     ) -> None:
         self._files = Files(output, options)
         self._output, self._run, self._say, self._on_loss = output, run, say, on_loss
+        self._unwritable = f"{output}/{FOLDER}: cannot be written"
         self._limit = seconds
         self._looked: Standing | None = None
         self._given_up: Standing | None = None  # watched for its limit, in vain
@@ -80,8 +81,8 @@ class Lease:
         """Return if the lease can be had; may watch another's for as long as its limit.
 
         Raises:
-            DatasetError: the output cannot be looked at.
             LeaseHeldError: a run that lives has it.
+            StoreError: the output cannot be looked at.
         """
         watched: Standing | None = None
         while True:
@@ -104,10 +105,8 @@ class Lease:
         self._found = now
 
     def _read(self) -> Standing:
-        try:
+        with blamed(f"{self._output}: cannot be looked at"):
             return self._files.newest()
-        except Exception as error:  # every store raises its own kinds
-            raise DatasetError(f"{self._output}: cannot be looked at: {one_line(error)}") from error
 
     def _is_silent(self, held: Standing) -> bool:
         """Watch a lease until it changes (False) or its limit has passed."""
@@ -129,8 +128,8 @@ class Lease:
         """Take the lease.
 
         Raises:
-            DatasetError: the output cannot be looked at, or written.
             LeaseHeldError: a run that lives has it.
+            StoreError: the output cannot be looked at, or written.
         """
         self.look()
         while not self._take(self._found.number + 1):
@@ -145,10 +144,8 @@ class Lease:
 
     def _take(self, number: int) -> bool:
         me = Holder.here(self._run, self._limit)
-        try:
+        with blamed(self._unwritable):
             created = self._files.create(number, me.model_dump_json().encode(), me.token)
-        except Exception as error:  # every store raises its own kinds
-            raise DatasetError(f"{self._output}: cannot be written: {one_line(error)}") from error
         if not created:
             return False
         if self._read().number != number:  # who is slow may find a number free that was used and cleared away
@@ -163,10 +160,11 @@ class Lease:
 
         Raises:
             LeaseLostError: another run has it.
-            OSError: this run has had no beat for its limit, and the store does not answer.
+            StoreError: this run has had no beat for its limit, and the store does not answer, or takes none.
         """
         if not self._lost and time.monotonic() - self._last_beat >= self._limit:  # it was stopped, or cut off
-            self._beat()
+            with blamed(self._unwritable):
+                self._beat()
         if self._lost:
             raise self._lost
 

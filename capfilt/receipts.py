@@ -39,8 +39,8 @@ class Receipt(BaseModel):
         captions: that captioners wrote for it.
         images: whose bytes were read from the input.
         copied: images whose bytes were copied from an earlier pairs file.
-        on_models: when its first batch met the models and its last one left them, in seconds since 1970; none if no row
-            came so far.
+        on_models: when its first batch met the models and its last one left them, in seconds of the worker's machine
+            since its start; none if no row came so far.
         failure: why the fragment could not be read at all just now; then nothing was written, and its shard is left for
             another run.
         worker: host and process id.

@@ -13,6 +13,7 @@ Three layers try again, each what only it can:
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import re
@@ -23,7 +24,6 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import fsspec
-import pyarrow as pa
 from deltalake.exceptions import DeltaError
 
 from capfilt.errors import CapfiltError, DatasetError, StoreError
@@ -41,11 +41,13 @@ _S3 = ("s3", "s3a")
 _LASTING = (
     *(FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError),
     *(NotImplementedError, TypeError, AttributeError, NameError, LookupError, ImportError, AssertionError),
-    *(MemoryError, pa.ArrowInvalid, CapfiltError),
+    *(ValueError, MemoryError, CapfiltError),  # the first is what fsspec says of a URL that it cannot make sense of
 )
+_BROKEN_OFF = (json.JSONDecodeError, UnicodeDecodeError)  # of an answer: not all of it came, or another's
 _LASTING_NUMBERS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EPERM, errno.EACCES, errno.ENOENT, errno.EEXIST, errno.ENOTDIR),
-    *(errno.EISDIR, errno.ENAMETOOLONG, errno.EMSGSIZE, errno.EINVAL, errno.ENOSYS, getattr(errno, "EREMCHG", -1)),
+    *(errno.EISDIR, errno.EFBIG, errno.ENAMETOOLONG, errno.EMSGSIZE, errno.EINVAL, errno.ENOSYS),
+    getattr(errno, "EREMCHG", -1),
 }
 _LASTING_NAMES = {  # of the clients' own kinds, which are not imported for this
     *("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "NoRegionError", "InvalidRegionError"),
@@ -70,10 +72,10 @@ def transient(error: BaseException) -> bool:
     """
     if isinstance(error, StoreError) and error.__cause__ is not None:
         return transient(error.__cause__)
+    if isinstance(error, _BROKEN_OFF) or type(error).__name__ in _PASSING_NAMES:
+        return True
     if isinstance(error, _LASTING) or type(error).__name__ in _LASTING_NAMES:
         return False
-    if type(error).__name__ in _PASSING_NAMES:
-        return True
     if isinstance(error, DeltaError) and not _DELTA_STORE.search(str(error)):
         return False
     if isinstance(error, (DeltaError, OSError)) and _DELTA_LASTING.search(str(error)):

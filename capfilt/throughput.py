@@ -22,7 +22,8 @@ class Throughput:
     Attributes:
         seconds: by stage. `model` is on the models, `decode` in the decoding threads; `read`, `wait` and `write` are
             those of the worker's calls, of which one may be on the models meanwhile.
-        spans: for each worker, when its first batch met the models and its last one left them, in seconds of one clock.
+        spans: for each worker, when its first batch met the models and its last one left them, in seconds of a clock
+            that no one sets.
     """
 
     seconds: dict[str, float] = field(default_factory=dict)

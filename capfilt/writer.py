@@ -56,8 +56,16 @@ class ParquetWriter:
         self._what = f"{url}: cannot be written"
         with blamed(self._what):
             self._open()
+            try:
+                self._writer = self._begin()
+            except BaseException:
+                self._remove()
+                raise
+
+    def _begin(self) -> pq.ParquetWriter:
+        """Write the first bytes."""
         plain = [field.name for field in self.schema if field.name != "image"]
-        self._writer = pq.ParquetWriter(
+        return pq.ParquetWriter(
             self._sink,
             self.schema,
             compression={name: "none" if name == "image" else "zstd" for name in self.schema.names},
@@ -89,7 +97,9 @@ class ParquetWriter:
             pa.repeat(self._constant[name], table.num_rows) if name in self._constant else table[name]
             for name in self.schema.names
         ]
-        self._writer.write_table(pa.Table.from_arrays(columns, schema=self.schema))
+        whole = pa.Table.from_arrays(columns, schema=self.schema)
+        with blamed(self._what):
+            self._writer.write_table(whole)
         self.rows += table.num_rows
 
     def _flush(self) -> None:
@@ -133,6 +143,9 @@ class ParquetWriter:
         """
         self._pending = []
         self._writer.is_open = False  # else it would write its footer when collected
+        self._remove()
+
+    def _remove(self) -> None:
         with contextlib.suppress(Exception):  # every store raises its own kinds
             self._file.close() if self._local else self._file.discard()
         with contextlib.suppress(OSError, AttributeError):  # some files' `closed` is read-only

@@ -3,8 +3,8 @@
     client -> proxy (counts, faults) -> moto
 
 Both run in one process of their own, which ends when this one does: deltalake keeps Python's lock while it waits for an
-answer, so no thread of the tests' own process could give one. The proxy answers conditional writes one by one, as S3
-does and moto does not.
+answer, so no thread of the tests' own process could give one. The proxy answers conditional writes one by one, and
+refuses a client whose clock is a quarter of an hour off, as S3 does and moto does not.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socket import SO_LINGER, SOL_SOCKET
@@ -176,6 +177,9 @@ class _Proxy(BaseHTTPRequestHandler):
             self._refuse(503, "SlowDown", "Please reduce your request rate.")
         elif fault is Fault.DENIED:
             self._refuse(403, "AccessDenied", "Access Denied")
+        elif self._is_skewed():
+            message = "The difference between the request time and the current time is too large."
+            self._refuse(403, "RequestTimeTooSkewed", message)
         else:
             with self.server.one_by_one if conditional else contextlib.nullcontext():
                 status, headers, answer = self._ask(body)
@@ -187,6 +191,13 @@ class _Proxy(BaseHTTPRequestHandler):
                 self._answer(status, headers, answer, fault)
 
     do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _handle  # noqa: N815
+
+    def _is_skewed(self) -> bool:
+        stamp = self.headers.get("X-Amz-Date")
+        if stamp is None:  # not signed
+            return False
+        sent = datetime.strptime(stamp, "%Y%m%dT%H%M%SZ").replace(tzinfo=UTC)
+        return abs(datetime.now(UTC) - sent) > timedelta(minutes=15)
 
     def _ask(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         upstream = http.client.HTTPConnection("127.0.0.1", self.server.upstream, timeout=30)

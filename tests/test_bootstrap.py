@@ -269,6 +269,9 @@ def at_work(driver: psutil.Process) -> set[str]:
     return found
 
 
+KILLS = 10
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_ten_kills_change_nothing(home: Path) -> None:
@@ -279,7 +282,7 @@ def test_ten_kills_change_nothing(home: Path) -> None:
     stages = [stage.name for stage in plan_stages(spec)]
     code = "import sys, capfilt; capfilt.run(capfilt.load_spec(sys.argv[1]))"
     rng, hits = random.Random(7), dict.fromkeys(stages, 0)
-    for kill in range(10):
+    for kill in range(KILLS):
         left = [stage for stage in stages if not (Path(spec.output) / "stages" / f"{stage}.json").exists()]
         aim = min(left, key=hits.__getitem__)  # the first that was hit least
         hits[aim] += 1

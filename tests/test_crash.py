@@ -56,6 +56,15 @@ KILLS: dict[tuple[Victim, Moment], int] = {
 }
 """How many kills of each kind: 58."""
 
+PARTS = 3
+
+
+def share(part: int) -> dict[tuple[Victim, Moment], int]:
+    """A part's kills of each kind: like cards, they are dealt in turn."""
+    cards = [kind for kind, count in KILLS.items() for _ in range(count)]
+    return dict(Counter(cards[part::PARTS]))
+
+
 ACTOR_DEATHS = 3
 """Of one driver: a row whose worker dies four times (twice on its fragment, twice on the row alone) is given up."""
 
@@ -249,7 +258,7 @@ class Kill:
 
     def line(self) -> str:
         return (
-            f"life {self.life:2d} {self.victim:6s} at {self.moment:6s} {self.seconds:5.1f} s  {self.phase:24s} "
+            f"life {self.life:3d} {self.victim:6s} at {self.moment:6s} {self.seconds:5.1f} s  {self.phase:24s} "
             f"receipts {self.at.receipts:3d} log {self.at.annotations}/{self.at.pairs}/{self.at.quarantine}"
             + (f" behind {self.behind}" if self.behind else "")
         )
@@ -324,21 +333,23 @@ def attend(driver: Driver, site: Site, life: int, strikes: list[Strike], kills: 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_fifty_kills_change_nothing(site: Site) -> None:
-    rng = random.Random(SEED)
-    strikes = deck(rng, KILLS)
+@pytest.mark.parametrize("part", range(PARTS))
+def test_fifty_kills_change_nothing(site: Site, part: int) -> None:
+    """In parts, each of which has its share of each kind."""
+    rng = random.Random(f"{SEED} {part}")
+    strikes = deck(rng, share(part))
     kills: list[Kill] = []
-    for life in itertools.count():
+    for lives in itertools.count():
         if not strikes:
             break
-        assert life < 40, f"these never hit: {strikes}"
-        kills += live(site, life, strikes, rng)
+        assert lives < 40, f"these never hit: {strikes}"
+        kills += live(site, 100 * part + lives, strikes, rng)
         rng.shuffle(strikes)
     victims, phases = Counter(kill.victim for kill in kills), Counter(kill.phase for kill in kills)
-    print(f"{len(kills)} kills in {life} lives: {victims}; {phases}; behind {sum(kill.behind for kill in kills)}")
-    assert len(kills) >= 50
-    assert min(victims[victim] for victim in ("driver", "actor", "both")) >= 5
-    assert min(phases[phase] for phase in ("start-up", "work", "after commits of its own")) >= 5
+    print(f"{len(kills)} kills in {lives} lives: {victims}; {phases}; behind {sum(kill.behind for kill in kills)}")
+    assert len(kills) >= 17
+    assert min(victims[victim] for victim in ("driver", "actor", "both")) >= 2
+    assert min(phases[phase] for phase in ("start-up", "work", "after commits of its own")) >= 2
     assert phases["vacuum"] >= 1
 
 

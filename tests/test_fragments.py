@@ -9,6 +9,7 @@ import itertools
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -336,9 +337,11 @@ def test_identity_changes_with_the_file_and_only_then(tmp_path: Path) -> None:
 def test_what_is_not_there_is_named(tmp_path: Path, path: str) -> None:
     (tmp_path / "empty").mkdir()
     path = path if "://" in path else str(tmp_path / path)
+    begin = time.monotonic()
     with pytest.raises(InputError) as caught:
         listed(path)
     assert path in str(caught.value)
+    assert time.monotonic() - begin < 3  # it is not looked for again: that would take 5 s or more
 
 
 def test_memory_filesystem(tmp_path: Path) -> None:

@@ -21,6 +21,11 @@ from test_crash import Site, build, check_partial, check_whole, table
 from capfilt.pipelines.curate import curate, in_process
 from capfilt.spec import load_spec
 
+SEEDS = 5
+DEATHS = ("raylet", "node")
+"""What dies in turn in the run of each seed."""
+HEADS = ("gcs", "head")
+
 SLOWLY = ["fragment_rows=10", "captioners.0.batch_size=1", "filters.0.batch_size=1"]
 
 
@@ -62,11 +67,11 @@ def at_work(cluster: RayCluster) -> list[Node]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_nodes_and_raylets_that_die_cost_nothing(site: Site, cluster: RayCluster, seed: int) -> None:
     rng, output = random.Random(seed), site.folder / f"nodes-{seed}"
     with drive(site, cluster, output, f"home-{seed}") as driver:
-        for what in rng.sample(["raylet", "node"], 2):
+        for what in rng.sample(DEATHS, 2):
             until_more(driver, output, rng.randint(2, 8))
             time.sleep(rng.random())
             node = rng.choice(at_work(cluster))
@@ -82,7 +87,7 @@ def test_nodes_and_raylets_that_die_cost_nothing(site: Site, cluster: RayCluster
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what", ["gcs", "head"])
+@pytest.mark.parametrize("what", HEADS)
 def test_a_head_that_dies_is_named_and_the_same_command_resumes(site: Site, cluster: RayCluster, what: str) -> None:
     output = site.folder / what
     with drive(site, cluster, output, f"home-{what}") as driver:

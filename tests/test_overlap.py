@@ -33,7 +33,7 @@ from capfilt.records import DIED, RUNNING
 from capfilt.spec import CurateSpec
 
 LEASE_SECONDS = 5
-DRIVER = Path(__file__).parent / "overlap_driver.py"
+DRIVER = Path(__file__).parent / "plain_driver.py"
 
 
 class Driver:

@@ -110,13 +110,17 @@ def assert_whole(spec: CurateSpec, s3: S3, undisturbed: dict[str, Any]) -> None:
         assert sorted((one["path"], one["size_bytes"]) for one in named) == sorted(there.items())
 
 
+EACH_ONCE = 16
+"""How many the next test has at the least; some kinds find no request that they can befall."""
+
+
 def test_every_kind_of_fault_once(spec: CurateSpec, s3: S3, undisturbed: dict[str, Any]) -> None:
     data, log, small = r"/data/(web|out/.*shard=.*\.parquet)", r"_delta_log", r"list-type|_runs/20|receipts"
     once = [Struck(kind, where, times=1, skip=2 * n) for n, kind in enumerate(PASSING) for where in (data, log, small)]
     with s3.faulty(Several(*once)):
         summary = run(spec)
     assert {kind for kind, _ in s3.injected} == set(PASSING)
-    assert len(s3.injected) >= 16
+    assert len(s3.injected) >= EACH_ONCE
     assert summary.failures == {}
     assert (summary.outcome, summary.shards) == ("done", 3)
     assert_whole(spec, s3, undisturbed)
@@ -315,6 +319,9 @@ def test_a_profile_gives_both_clients_key_endpoint_and_region(
 
 # --- many faults ---
 
+SEEDS, FEWEST = 8, 120
+"""Runs with faults at random, and how many these have together; which request is the n-th depends on threads."""
+
 
 @pytest.mark.slow
 def test_faults_at_random_cost_nothing(
@@ -322,7 +329,7 @@ def test_faults_at_random_cost_nothing(
 ) -> None:
     injected: Counter[Fault] = Counter()
     failures: list[str] = []
-    for seed in range(8):
+    for seed in range(SEEDS):
         one = spec.model_copy(update={"output": f"{spec.output}-{seed}"})
         with s3.faulty(Seeded(seed, rate=0.08)):
             try:
@@ -334,8 +341,10 @@ def test_faults_at_random_cost_nothing(
         run(one)
         assert_whole(one, s3, undisturbed)
     with capsys.disabled():
-        print(f"\n{injected.total()} faults in 8 runs, {len(failures)} of which failed: {dict(injected)} {failures}")
-    assert injected.total() >= 60
+        print(
+            f"\n{injected.total()} faults in {SEEDS} runs, {len(failures)} of which failed: {dict(injected)} {failures}"
+        )
+    assert injected.total() >= FEWEST
     assert set(injected) == set(PASSING)
     assert all(re.search(r"s3://data/.*(Error|HTTP)", failure) for failure in failures)
     assert len(failures) <= 2
@@ -360,7 +369,7 @@ def test_faults_at_random_on_ray(
     ("pattern", "message", "operations"),
     [
         (r"PUT /data/out/.*annotations/shard=", r"annotations/shard=.*cannot be written: .*internal error", 4),
-        (r"(HEAD|GET) /data/web/", "3 of 3 files are unreadable.*internal error", 12),
+        (r"(HEAD|GET) /data/web/", "3 of 3 files are unreadable.*Internal Server Error", 12),  # a HEAD's says no more
         (COMMIT, r"annotations: cannot be committed to: .*500", 4),
     ],
 )

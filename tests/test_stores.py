@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,10 @@ PASSES: list[tuple[Exception, bool]] = [
     (OSError(errno.EIO, "input/output error"), True),
     (OSError(errno.ENOSPC, "no space left"), False),
     (OSError(errno.EROFS, "read-only"), False),
+    (OSError(errno.EFBIG, "file too large"), False),
+    (ValueError("Protocol not known: weird"), False),
+    (aiohttp.InvalidURL("http://"), False),
+    (json.JSONDecodeError("Expecting value", "", 0), True),  # of an answer that broke off
     (FileNotFoundError(), False),
     (PermissionError(), False),
     (OSError(RESET), True),

@@ -255,12 +255,12 @@ class Worker:
                     images = {size: self._upload.send(buffer, rows) for size, buffer in buffers.items()}
                     with self._device_lock:
                         self._upload.arrive()
-                        on_models.append(time.time())
+                        on_models.append(time.monotonic())
                         begin = time.perf_counter()
                         self._judge([batch[n] for n in rows], images)
                         spent = time.perf_counter() - begin
                         seconds["model"] += spent
-                        on_models.append(time.time())
+                        on_models.append(time.monotonic())
                         self._on_batch(len(rows), spent)
                     self._free.append(buffers)
                     begin = time.perf_counter()

@@ -1,10 +1,14 @@
 """A driver in a process of its own, without Ray: curates a spec with models that cost nothing, at a given pace.
 
-python overlap_driver.py SPEC.json SECONDS_A_FRAGMENT
+python plain_driver.py SPEC.json SECONDS_A_FRAGMENT [AFTER COMMAND]
+
+Once AFTER fragments are finished (0: before it begins) it runs a shell command, which may do something to it: it is the
+shell's parent.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,14 +25,20 @@ from capfilt.receipts import Receipt
 from capfilt.spec import CurateSpec
 
 
-def main(spec: str, pause: str) -> None:
+def main(spec: str, pause: str, after: str = "-1", command: str = "") -> None:
+    def strike(finished: int) -> None:
+        if finished == int(after):
+            subprocess.run(["/bin/sh", "-c", command], check=True)
+
     def slowly(job: Job, work: Iterator[object], load: LoadModels) -> Iterator[list[Receipt]]:
-        for receipts in in_process(job, work, load):  # type: ignore[arg-type]
+        for finished, receipts in enumerate(in_process(job, work, load), 1):  # type: ignore[arg-type]
+            strike(finished)
             time.sleep(float(pause))
             yield receipts
 
     logs.begin()
     console = Console(stderr=True, quiet=logs.begun())
+    strike(0)
     try:
         curate(CurateSpec.model_validate_json(Path(spec).read_text()), load=load_hash, execute=slowly, console=console)
     except CapfiltError as error:
