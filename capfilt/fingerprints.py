@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,16 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
         keep=spec.keep,
     )
     return Fingerprints(caption, score, decide)
+
+
+def with_withdrawn(decide: str, rows: Sequence[int]) -> str:
+    """The decide fingerprint of a shard of which these rows are withdrawn; the run's own where there are none."""
+    return f"{without_withdrawn(decide)}-{_digest(withdrawn=sorted(rows))}" if rows else without_withdrawn(decide)
+
+
+def without_withdrawn(decide: str) -> str:
+    """The decide fingerprint of the run that made a shard."""
+    return decide.partition("-")[0]
 
 
 def fingerprint(checkpoint: HubCheckpoint | LocalCheckpoint) -> str:
