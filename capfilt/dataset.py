@@ -425,8 +425,7 @@ class CuratedDataset:
         for table, delta in self._tables.items():
             old = _vacuumable(delta, math.ceil(hours), full=False, keep=[version[table] for version in keep])
             if old:  # the log names for ever what it replaced
-                there = _vacuumable(delta, 0, full=True)
-                found += [f"{DIRECTORIES[table]}/{path}" for path in sorted(old & there)]
+                found += [f"{DIRECTORIES[table]}/{path}" for path in sorted(old & self._there(table))]
         return found
 
     # --- reading ---
@@ -664,6 +663,18 @@ class CuratedDataset:
         fs, root = self._filesystem()
         with blamed(f"{self.output}/{path}: cannot be written"):
             persist(lambda: fs.pipe_file(f"{root}/{path}", data))
+
+    def _there(self, table: str) -> set[str]:
+        """The files in a table's directory, whichever version names them."""
+        fs, root = self._filesystem()
+        folder = f"{root}/{DIRECTORIES[table]}"
+
+        def names() -> set[str]:
+            fs.invalidate_cache()
+            return {path.removeprefix(f"{folder}/") for path in fs.find(folder)}
+
+        with blamed(f"{self._uri(table)}: cannot be listed"):
+            return persist(names)
 
     def _delete(self, path: str) -> bool:
         """Delete a file under the output; False if it was gone, as by a vacuum, which no log need tell."""

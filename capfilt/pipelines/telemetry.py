@@ -1,9 +1,9 @@
 """A run's traces and metrics for OpenTelemetry, over OTLP/HTTP, where the environment says to whom.
 
 It is OpenTelemetry's own variables that say so (OTEL_EXPORTER_OTLP_ENDPOINT, or that of traces or metrics; headers,
-timeout, certificates, OTEL_SERVICE_NAME, ...). Without an endpoint nothing is loaded, counted or sent. The driver sends,
-by what it is told of: a span for the run, in it one for each shard from its first fragment to its commit, in that one
-for each fragment with the seconds of its stages; and the driver's metrics of capfilt.pipelines.metrics.
+timeout, certificates, OTEL_SERVICE_NAME, ...). Without an endpoint nothing is loaded, counted or sent. The driver
+sends, by what it is told of: a span for the run, in it one for each shard from its first fragment to its commit, in
+that one for each fragment with the seconds of its stages; and the driver's metrics of capfilt.pipelines.metrics.
 """
 
 from __future__ import annotations
@@ -42,18 +42,11 @@ def telemetry(run: str, output: str, tell: Callable[[str], None]) -> Iterator[Wa
         yield Watcher()
         return
     try:
-        from opentelemetry.exporter.otlp.proto.http import Compression  # noqa: F401
-        from opentelemetry.sdk.resources import Resource
+        senders = _senders(run, output, signals)
     except ImportError:
         tell("OTEL_EXPORTER_OTLP_ENDPOINT is set and nothing is sent: pip install 'capfilt[otel]', or unset it")
         yield Watcher()
         return
-    resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", "capfilt"), "capfilt.run": run})
-    senders: list[_Traces | _Metrics] = []
-    if "TRACES" in signals:
-        senders.append(_Traces(run, output, resource))
-    if "METRICS" in signals:
-        senders.append(_Metrics(run, resource))
     outcome = "done"
     try:
         yield Watchers(*senders)
@@ -63,6 +56,18 @@ def telemetry(run: str, output: str, tell: Callable[[str], None]) -> Iterator[Wa
     finally:
         for sender in senders:
             sender.end(outcome)
+
+
+def _senders(run: str, output: str, signals: list[str]) -> list[_Traces | _Metrics]:
+    from opentelemetry.sdk.resources import Resource
+
+    resource = Resource.create({"service.name": os.environ.get("OTEL_SERVICE_NAME", "capfilt"), "capfilt.run": run})
+    senders: list[_Traces | _Metrics] = []
+    if "TRACES" in signals:
+        senders.append(_Traces(run, output, resource))
+    if "METRICS" in signals:
+        senders.append(_Metrics(run, resource))
+    return senders
 
 
 def _wanted(signal: str) -> bool:
