@@ -280,6 +280,13 @@ class CuratedDataset:
         """Write `_runs/<run>/<name>` as JSON, without secrets."""
         self._put(f"_runs/{run}/{name}", json.dumps(redacted(record), indent=2).encode())
 
+    def remove_pages(self) -> None:
+        """Delete the pages (.html) that runs left in their folders: they may show rows that are withdrawn by now."""
+        for run in self._names("_runs") - _RESERVED:
+            for name in self._names(f"_runs/{run}"):
+                if name.endswith(".html"):
+                    self._delete(f"_runs/{run}/{name}")
+
     def runs(self, last: int | None = None) -> list[RunRecord]:
         """What runs left on record, the newest first; all if `last` is None."""
         fs, root = self._filesystem()

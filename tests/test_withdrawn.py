@@ -271,13 +271,14 @@ def test_after_vacuum_no_byte_of_a_withdrawn_row_is_left_under_the_output(make_s
     """Text, captions, URL, key, image and its hash, of a kept row and of one in quarantine; also in the log."""
     spec = make_spec(thresholds=Thresholds(web=0.1, synthetic=0.1), max_error_fraction=1.0)
     run(spec)
-    run(spec.model_copy(update={"keep": "all-above-threshold"}))
+    last = run(spec.model_copy(update={"keep": "all-above-threshold"}))
     kept = next(r for r in read(spec.output, "pairs") if r["shard"].startswith("00001") and r["row"] > 12)
     bad = next(r for r in read(spec.output, "quarantine") if r["shard"].startswith("00001") and r["image"])
     texts = [caption["text"].encode() for caption in kept["captions"]]
     needles = [url(1, row["row"]).encode() for row in (kept, bad)] + [row["key"].encode() for row in (kept, bad)]
     needles += [*texts, kept["image_sha256"].encode(), kept["image"][200:260]]
     page = b"a page of its owner"
+    Path(spec.output, "_runs", last.run, "report.html").write_bytes(b"<p>" + b"<p>".join(needles))
     rows = [(1, kept["row"]), (1, bad["row"]), *((s, 97) for s in range(3))]
     assert left_of(spec.output, [*needles, page]).keys() == {*needles, page}
     spec = withdrawing(spec.model_copy(update={"keep": "all-above-threshold"}), *rows)

@@ -263,6 +263,7 @@ class _Driver:
                 self._restart_at(replace(self.job, stage=stage), execute, load)
                 if stage is Stage.WITHDRAW:  # of what is left of these shards, other stages may be stale
                     self._commit()
+                    self.dataset.remove_pages()
                     self._committed = self.dataset.committed()
         self._finish()
 
