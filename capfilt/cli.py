@@ -274,7 +274,7 @@ def plan(spec: SpecFile, overrides: Overrides = None) -> None:
     work = plan_run(loaded, run_fingerprints(loaded))
     for why, count in work.reasons.items():
         size = sum(file.size for file, reason in work.todo if reason is why)
-        say(f"curate {count:,} shards ({size:,} bytes): {why}")
+        say(f"curate {count:,} shards{f' ({size:,} bytes)' if size else ''}: {why}")
     records = CuratedDataset(loaded.output, loaded.output_options).runs(NEWEST)
     for cost in costs(work, last_paces(records)):
         say(str(cost))

@@ -243,7 +243,10 @@ def shard_of(path: str) -> str:
 def compared(dataset: CuratedDataset, lists: Lists) -> None:
     """Put on record that every row of the dataset, as opened or last committed to, was compared with the lists."""
     now = {"lists": lists.digest, "version": dataset.versions()[ANNOTATIONS]}
-    if _last_compared(dataset) != now:
+    last = _last_compared(dataset)
+    if last.get("lists") != lists.digest:  # a run that died may have withdrawn rows, and not have come to this
+        dataset.remove_pages()
+    if last != now:
         dataset.write_run_file(FOLDER, COMPARED, now)
 
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import MakeSpec, jpeg, read, write_shard
 from deltalake import DeltaTable
+from s3 import S3
 from stubs import load_hash
 from test_recurate import Stop, dying_after, no_models, other_filter, run, scratch, spoil, tables
 from typer.testing import CliRunner
@@ -24,7 +25,7 @@ from capfilt.errors import InputError, SpecError
 from capfilt.fingerprints import run_fingerprints
 from capfilt.plan import Stage, Why, plan_run
 from capfilt.receipts import RECEIPTS
-from capfilt.spec import Columns, CurateSpec, Input, Sampling, Thresholds, Withdrawn
+from capfilt.spec import Columns, CurateSpec, Input, Retention, Sampling, Thresholds, Withdrawn
 from capfilt.withdrawn import digest, read_lists
 
 
@@ -292,6 +293,30 @@ def test_after_vacuum_no_byte_of_a_withdrawn_row_is_left_under_the_output(make_s
     assert sum(row["reason"] == "withdrawn" for row in read(spec.output)) == len(rows)
 
 
+def test_lists_and_versions_in_an_object_store(make_spec: MakeSpec, s3: S3, tmp_path: Path) -> None:
+    """With a retention the run itself takes the old files."""
+    fs, place = s3.files(), f"data/{tmp_path.name}"
+    path = write_shard(tmp_path / "0.parquet", [jpeg(i) for i in range(30)])
+    fs.pipe_file(f"{place}/web/0.parquet", path.read_bytes())
+    spec = make_spec(
+        input=Input(paths=(f"s3://{place}/web",), storage_options=s3.options),
+        output=f"s3://{place}/out",
+        output_options=s3.options,
+        retention=Retention(versions=1),
+        thresholds=Thresholds(web=0.0, synthetic=0.0),
+    )
+    run(spec)
+    fs.pipe_file(f"{place}/lists/1.csv", b"id,url\n1,http://example.org/0/4.jpg\n")
+    own = Withdrawn(urls=(f"s3://{place}/lists/*.csv",), storage_options=s3.options)
+    spec = spec.model_copy(update={"withdrawn": own})
+    summary = run(spec, no_models)
+    assert (summary.counts.kept, summary.reasons["withdrawn"]) == (29, 1)
+    assert run(spec, no_models).skipped == 1
+    fs.get(f"{place}/out/", str(tmp_path / "out/"), recursive=True)
+    assert left_of(str(tmp_path / "out"), [b"http://example.org/0/5.jpg", jpeg(5)[200:260]])
+    assert left_of(str(tmp_path / "out"), [b"http://example.org/0/4.jpg", jpeg(4)[200:260], b"text 4 of 0"]) == {}
+
+
 # --- lists ---
 
 
@@ -380,7 +405,7 @@ def test_a_plan_says_what_a_list_would_do(make_spec: MakeSpec, web: Path, tmp_pa
     (tmp_path / "spec.json").write_text(json.dumps(spec.model_dump(mode="json")))
     said = CliRunner().invoke(app, ["plan", str(tmp_path / "spec.json")])
     assert said.exit_code == 0, said.output
-    assert "curate 2 shards (0 bytes): rows were withdrawn" in said.output
+    assert "curate 2 shards: rows were withdrawn" in said.output
     assert "withdraw 5 rows of 2 shards that are in the dataset" in said.output
     assert "leave 1 shards: up to date" in said.output
     checked = CliRunner().invoke(app, ["check", str(tmp_path / "spec.json")])

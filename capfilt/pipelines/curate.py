@@ -69,7 +69,7 @@ class Summary:
     """What a run did.
 
     Attributes:
-        counts: rows of the shards this run committed.
+        counts: rows of the shards this run committed; twice those of one that lost withdrawn rows and was then redone.
         reasons: rows by reason, and texts by source and reason, of those shards.
         stages: what was done by the stage at which shards restarted, cheapest first.
         seconds: by stage, over all workers.
