@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from capfilt.dataset import CuratedDataset, ShardState
+from capfilt.errors import DatasetError
 from capfilt.fingerprints import Fingerprints, without_withdrawn
 from capfilt.inputs import InputFile, list_inputs, stem
 from capfilt.spec import CurateSpec
@@ -107,13 +108,23 @@ def make_plan(
 
     Raises:
         InputError: the inputs cannot be listed.
+        DatasetError: rows were withdrawn of a shard that capfilt did not write, and whose input is gone.
     """
     listed = list_inputs(spec.input, exclude=spec.output)
     files = _keep_shards(listed, committed)
     reasons = [(file, why_stale(file, fingerprints, committed.get(file.shard), withdrawals)) for file in files]
     paths = {file.shard: file.path for file in files}
     stale = [(file, why) for file, why in reasons if why is not None]
-    hit = [_committed_file(shard, committed[shard], paths.get(shard)) for shard in sorted(withdrawals.hits)]
+    hit = [
+        _committed_file(shard, committed[shard], paths.get(shard))
+        for shard in sorted(withdrawals.hits)
+        if shard in committed
+    ]
+    if beyond := [shard for shard in withdrawals.hits if shard not in committed and shard not in paths]:
+        raise DatasetError(
+            f"{spec.output}: shard {beyond[0]} holds withdrawn rows, and another tool rewrote its files: capfilt cannot "
+            "take rows out of them. Give its input back under input.paths, or delete the shard's rows with that tool"
+        )
     return Plan(
         todo=(*stale, *((file, Why.WITHDRAWN) for file in hit)),
         done=tuple(file.shard for file, why in reasons if why is None and file.shard not in withdrawals.hits),

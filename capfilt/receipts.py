@@ -74,9 +74,12 @@ class Receipt(BaseModel):
         """Rows covered."""
         return self.stop - self.start
 
-    def same_work(self, other: Provenance) -> bool:
-        """Whether `other`, of another run, would produce the same rows."""
-        return replace(self.provenance, run=other.run) == other
+    def same_work(self, other: Provenance, *, any_withdrawn: bool = False) -> bool:
+        """Whether `other`, of another run, would produce the same rows; or might, but for those that are withdrawn."""
+        mine = replace(self.provenance, run=other.run)
+        if any_withdrawn and without_withdrawn(mine.decide_fingerprint) == without_withdrawn(other.decide_fingerprint):
+            mine = replace(mine, decide_fingerprint=other.decide_fingerprint)
+        return mine == other
 
 
 def shard_commit(receipts: Sequence[Receipt]) -> ShardCommit:
@@ -175,11 +178,8 @@ def _load(fs: Any, root: str, name: str, wanted: Mapping[str, Provenance], close
     """A stored receipt that does the wanted work and whose files are whole, else None: then the work is done again."""
     try:
         receipt = Receipt.model_validate_json(fs.cat_file(name))
-        mine, own = receipt.provenance, wanted[receipt.shard]
-        decide = own.decide_fingerprint
-        if without_withdrawn(mine.decide_fingerprint) == without_withdrawn(decide):
-            mine = replace(mine, decide_fingerprint=decide)
-        if receipt.provenance.run in closed or replace(mine, run=own.run) != own:
+        own = wanted[receipt.shard]
+        if receipt.provenance.run in closed or not receipt.same_work(own, any_withdrawn=True):
             return None
         if sum(file.kept for file in receipt.annotations) != receipt.counts.kept:  # an older version did not count them
             return None

@@ -55,7 +55,7 @@ class Lists:
     def __bool__(self) -> bool:
         return bool(self.urls or self.keys)
 
-    def name(self, url: str | None, key: str | None) -> bool:
+    def hold(self, url: str | None, key: str | None) -> bool:
         """Whether a row with this URL and key is withdrawn."""
         return url in self.urls or key in self.keys
 
@@ -63,7 +63,7 @@ class Lists:
     def _digests(self) -> frozenset[str]:
         return frozenset(digest(kind, text) for kind, own in (("url", self.urls), ("key", self.keys)) for text in own)
 
-    def named(self, note: str) -> bool:
+    def still_hold(self, note: str) -> bool:
         """Whether a row with this note, which has been withdrawn, is still on a list."""
         return not self._digests.isdisjoint(note.split(", "))
 
@@ -104,11 +104,10 @@ def read_lists(spec: Withdrawn) -> Lists:
     """
     whole, names = hashlib.blake2b(digest_size=16), []
     for places, column in ((spec.urls, spec.url_column), (spec.keys, spec.key_column)):
-        own: set[str] = set()
+        own: set[Any] = set()
         for path in [path for place in places for path in _found(place, spec)]:
-            entries = _read_list(path, column, spec.storage_options)
-            entries = entries.filter(pc.greater(pc.binary_length(entries), 0))  # nor nulls: they match what has none
-            own.update(entries.to_pylist())
+            own.update(_read_list(path, column, spec.storage_options))
+        own -= {"", None}  # which would match what has no URL
         whole.update(f"{len(own)}\0".encode())
         for text in sorted(own):
             whole.update(f"{text}\0".encode())
@@ -130,7 +129,7 @@ def _found(place: str, spec: Withdrawn) -> list[str]:
     return [fs.unstrip_protocol(path) for path in found]
 
 
-def _read_list(path: str, column: str, options: Mapping[str, Any]) -> pa.Array:
+def _read_list(path: str, column: str, options: Mapping[str, Any]) -> list[str | None]:
     kind = path.removesuffix(".gz").rpartition(".")[2].lower()
     if kind == "parquet":
         return _read_parquet(path, column, options)
@@ -149,8 +148,8 @@ def _read_list(path: str, column: str, options: Mapping[str, Any]) -> pa.Array:
         raise InputError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
-def _read_parquet(path: str, column: str, options: Mapping[str, Any]) -> pa.Array:
-    def read(parquet: Any) -> pa.Array:
+def _read_parquet(path: str, column: str, options: Mapping[str, Any]) -> list[str | None]:
+    def read(parquet: Any) -> list[str | None]:
         names = parquet.schema_arrow.names
         if column not in names:
             raise InputError(
@@ -159,29 +158,29 @@ def _read_parquet(path: str, column: str, options: Mapping[str, Any]) -> pa.Arra
             )
         return _column(parquet.read([column], use_threads=False))
 
-    return read_parquet(path, options, read)
+    try:
+        return read_parquet(path, options, read)
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
-def _read_csv(data: bytes, column: str) -> pa.Array:
+def _read_csv(data: bytes, column: str) -> list[str | None]:
     convert = pa.csv.ConvertOptions(column_types={column: pa.string()}, include_columns=[column])
     parse = pa.csv.ParseOptions(newlines_in_values=True)
     return _column(pa.csv.read_csv(pa.BufferReader(data), convert_options=convert, parse_options=parse))
 
 
-def _read_text(data: bytes) -> pa.Array:
-    return pa.array(data.decode("utf-8-sig").replace("\r\n", "\n").split("\n"), pa.large_string())
+def _read_text(data: bytes) -> list[str | None]:
+    return [*data.decode("utf-8-sig").replace("\r\n", "\n").split("\n")]
 
 
-def _column(table: pa.Table) -> pa.Array:
+def _column(table: pa.Table) -> list[str | None]:
     """A table's only column as text: a number as it is written in annotations."""
     (column,) = table.columns
     if pa.types.is_dictionary(column.type):
         column = column.cast(column.type.value_type)
-    return (
-        pa.concat_arrays(column.cast(pa.large_string()).chunks)
-        if column.num_chunks
-        else pa.array([], pa.large_string())
-    )
+    entries: list[str | None] = column.cast(pa.large_string()).to_pylist()
+    return entries
 
 
 # --- a dataset ---
@@ -210,7 +209,7 @@ def look(spec: CurateSpec, dataset: CuratedDataset | None, committed: Mapping[st
     fresh = {shard_of(path) for path in paths}
     recorded = withdrawn_rows(dataset, [shard for shard in marked if shard in fresh])
     returned = {
-        shard for shard, rows in recorded.items() if any(note and not lists.named(note) for note in rows.values())
+        shard for shard, rows in recorded.items() if any(note and not lists.still_hold(note) for note in rows.values())
     }
     return Withdrawals(lists, hits, frozenset(returned))
 
@@ -283,7 +282,7 @@ def _hits(dataset: CuratedDataset, lists: Lists, paths: Sequence[str]) -> dict[s
     hits: dict[str, tuple[int, ...]] = {}
     for path, table in _read(dataset, paths, ["row", "url", "key"]):
         columns = (table[name].to_pylist() for name in ("row", "url", "key"))
-        if rows := tuple(row for row, url, key in zip(*columns, strict=True) if lists.name(url, key)):
+        if rows := tuple(row for row, url, key in zip(*columns, strict=True) if lists.hold(url, key)):
             hits[shard_of(path)] = (*hits.get(shard_of(path), ()), *rows)
     return hits
 
@@ -321,4 +320,4 @@ def rows_named(
             "input.columns.url or input.columns.key"
         )
     names = read_names(file, layout, footer.rows, options, pauses)
-    return tuple(row.row for row in names if lists.name(row.url, row.key))
+    return tuple(row.row for row in names if lists.hold(row.url, row.key))

@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from capfilt.cli import app
 from capfilt.dataset import CuratedDataset
-from capfilt.errors import InputError, SpecError
+from capfilt.errors import DatasetError, InputError, SpecError
 from capfilt.fingerprints import run_fingerprints
 from capfilt.plan import Stage, Why, plan_run
 from capfilt.receipts import RECEIPTS
@@ -237,6 +237,19 @@ def test_a_dead_drivers_captions_of_rows_since_withdrawn_are_not_taken_over(make
     assert not left_of(spec.output, [url(0, 1).encode(), jpeg(1)[200:260]])
 
 
+def test_a_shard_that_another_tool_rewrote_is_curated_anew_or_named(make_spec: MakeSpec, web: Path) -> None:
+    spec = make_spec()
+    run(spec)
+    DeltaTable(f"{spec.output}/annotations").optimize.compact()
+    again = withdrawing(spec, *ROWS)
+    assert run(again).reasons["withdrawn"] == len(ROWS)
+    assert tables(spec.output) == scratch(again)
+    DeltaTable(f"{spec.output}/annotations").optimize.compact()
+    (web / "00001.parquet").unlink()
+    with pytest.raises(DatasetError, match=r"shard 00001-\w+ holds withdrawn rows, and another tool rewrote its files"):
+        run(withdrawing(spec, *ROWS, (1, 30)))
+
+
 # --- and out of every file ---
 
 
@@ -345,6 +358,7 @@ def test_kinds_of_lists(tmp_path: Path) -> None:
         ("list.json", b"[]", r"list.json: lists of what is withdrawn are .parquet, .csv, .txt"),
         ("list.csv", b"link\nx\n", r"list.csv: no column url; name it with withdrawn.url_column"),
         ("list.txt", b"\xff\xfe", r"list.txt: cannot be read: UnicodeDecodeError"),
+        ("list.txt.gz", b"plain", r"list.txt.gz: cannot be read: BadGzipFile"),
         ("list.parquet", b"PAR1", r"list.parquet: not readable as Parquet"),
     ],
 )
