@@ -122,8 +122,8 @@ def make_plan(
     ]
     if beyond := [shard for shard in withdrawals.hits if shard not in committed and shard not in paths]:
         raise DatasetError(
-            f"{spec.output}: shard {beyond[0]} holds withdrawn rows, and another tool rewrote its files: capfilt cannot "
-            "take rows out of them. Give its input back under input.paths, or delete the shard's rows with that tool"
+            f"{spec.output}: shard {beyond[0]} holds withdrawn rows, and another tool rewrote its files, which capfilt "
+            "does not touch. Give its input back under input.paths, or delete the rows with that tool"
         )
     return Plan(
         todo=(*stale, *((file, Why.WITHDRAWN) for file in hit)),
