@@ -170,12 +170,12 @@ def _checked(loaded: RunSpec) -> Iterator[str]:
         inputs, layout = _check_input(loaded.input, loaded.output)
         yield inputs
         yield f"columns: image={layout.image} text={layout.text} url={layout.url} key={layout.key}"
-        yield from _check_cards(*loaded.cards.values())
         if loaded.withdrawn:
             from capfilt.withdrawn import read_lists
 
             lists = read_lists(loaded.withdrawn)
             yield f"withdrawn: {len(lists.urls):,} URLs, {len(lists.keys):,} keys"
+        yield from _check_cards(*loaded.cards.values())
         prints = run_fingerprints(loaded)
         yield f"fingerprints: caption {prints.caption}, score {prints.score}, decide {prints.decide}"
     elif isinstance(loaded, BootstrapSpec):
