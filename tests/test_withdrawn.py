@@ -220,20 +220,17 @@ def test_a_dead_driver_costs_what_was_in_flight(make_spec: MakeSpec, after: int)
     assert list(Path(spec.output, RECEIPTS).rglob("*.json"))
     more = withdrawing(spec, *ROWS, (1, 80))  # what was done of shard 1 has too few rows
     summary = run(more, no_models)
-    assert summary.adopted_rows > 0
+    assert summary.adopted_rows == (80 if after == 1 else 0)
     assert tables(spec.output) == scratch(more)
-    run(withdrawing(spec, *ROWS, (1, 80), (2, 1)), no_models, None if after == 4 else dying_after(9))
-    assert sum(row["reason"] == "withdrawn" for row in read(spec.output)) == len(ROWS) + 2
 
 
 @pytest.mark.usefixtures("web")
 def test_a_dead_drivers_captions_of_rows_since_withdrawn_are_not_taken_over(make_spec: MakeSpec) -> None:
     spec = make_spec()
     with pytest.raises(Stop):
-        run(spec, execute=dying_after(4))
+        run(spec, execute=dying_after(1))
     more = withdrawing(spec, (0, 1))
-    summary = run(more)
-    assert 0 < summary.adopted_rows < 200
+    assert run(more).adopted_rows == 0
     assert tables(spec.output) == scratch(more)
     assert not left_of(spec.output, [url(0, 1).encode(), jpeg(1)[-80:]])
 
