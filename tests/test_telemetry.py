@@ -110,7 +110,7 @@ def test_a_run_is_sent_as_spans_and_metrics(
     shards = {about(span)["shard"]: span for span in spans if span.name == "shard"}
     assert {name.rpartition("-")[0] for name in shards} == {"0", "1", "broken"}
     fragments = [span for span in spans if span.name == "caption"]
-    assert len(fragments) == 4
+    assert len(fragments) == 6
     for span in fragments:
         own = about(span)
         assert own["kept"] + own["dropped"] + own["errors"] == own["stop"] - own["start"]
