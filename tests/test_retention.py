@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,9 @@ from test_recurate import no_models, run
 
 from capfilt.dataset import CuratedDataset
 from capfilt.spec import CurateSpec, Retention, Thresholds
+
+
+slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
 def rethreshold(spec: CurateSpec, web: float) -> CurateSpec:
@@ -33,13 +37,13 @@ def spec(make_spec: MakeSpec, tmp_path: Path) -> CurateSpec:
 @pytest.mark.parametrize(
     ("retention", "kept"),
     [
-        (None, [True, True, True, True]),
-        (Retention(versions=1), [False, False, False, True]),
+        slow(None, [True, True, True, True]),
+        slow(Retention(versions=1), [False, False, False, True]),
         (Retention(versions=2), [False, False, True, True]),
-        (Retention(versions=9), [True, True, True, True]),
-        (Retention(days=30), [True, True, True, True]),
+        slow(Retention(versions=9), [True, True, True, True]),
+        slow(Retention(days=30), [True, True, True, True]),
         (Retention(days=0), [False, False, False, True]),
-        (Retention(versions=2, days=0), [False, False, True, True]),
+        slow(Retention(versions=2, days=0), [False, False, True, True]),
         (Retention(versions=1, days=30), [True, True, True, True]),
     ],
     ids=str,

@@ -148,33 +148,37 @@ def test_an_input_that_is_gone_or_broken_withholds_nothing(make_spec: MakeSpec, 
 
 
 @pytest.mark.usefixtures("web")
-def test_what_is_made_later_leaves_them_out(make_spec: MakeSpec) -> None:
-    """New thresholds, filters, captioners, a move, and new shards; each with the list as it was, or grown."""
+@pytest.mark.parametrize(
+    "stage", [Stage.DECIDE, *(pytest.param(s, marks=pytest.mark.slow) for s in (Stage.SCORE, Stage.CAPTION))]
+)
+def test_what_is_made_later_leaves_them_out(make_spec: MakeSpec, stage: Stage) -> None:
+    """New thresholds, filters or captioners, with the list as it was, and with one that has grown."""
     spec = make_spec()
     run(withdrawing(spec, *ROWS[:3]))
+    changed = {
+        Stage.DECIDE: {"thresholds": Thresholds(web=0.2, synthetic=0.2)},
+        Stage.SCORE: {"filters": other_filter(spec).filters},
+        Stage.CAPTION: {"sampling": Sampling(candidates=2)},
+    }
+    spec = spec.model_copy(update=changed[stage])
+    assert list(run(withdrawing(spec, *ROWS[:3])).stages) == [stage]
     assert tables(spec.output) == scratch(withdrawing(spec, *ROWS[:3]))
-    folder = Path(spec.input.paths[0])
-    rows = list(ROWS[:3])
-    for number, changed in enumerate(
-        (
-            {"thresholds": Thresholds(web=0.2, synthetic=0.2)},
-            {"filters": other_filter(spec).filters},
-            {"sampling": Sampling(candidates=2)},
-        )
-    ):
-        spec = spec.model_copy(update=changed)
-        run(withdrawing(spec, *rows))
-        assert tables(spec.output) == scratch(withdrawing(spec, *rows))
-        rows.append((2, 10 + number))
-        spec = spec.model_copy(update={"keep": "best" if number == 1 else "all-above-threshold"})
-        run(withdrawing(spec, *rows))
-        assert tables(spec.output) == scratch(withdrawing(spec, *rows))
-    (folder / "moved").mkdir()
-    (folder / "00001.parquet").rename(folder / "moved" / "00001.parquet")
-    write_shard(folder / "00004.parquet", [jpeg(4000 + i) for i in range(30)])
-    summary = run(withdrawing(spec, *rows, (4, 9)))
+    spec = spec.model_copy(update={"keep": "all-above-threshold"})
+    assert list(run(withdrawing(spec, *ROWS, (2, 10))).stages) == [Stage.WITHDRAW, Stage.DECIDE]
+    assert tables(spec.output) == scratch(withdrawing(spec, *ROWS, (2, 10)))
+
+
+def test_a_moved_shard_keeps_them_out_and_a_new_one_never_has_them(make_spec: MakeSpec, web: Path) -> None:
+    spec = make_spec()
+    run(withdrawing(spec, *ROWS))
+    assert tables(spec.output) == scratch(withdrawing(spec, *ROWS))
+    (web / "moved").mkdir()
+    (web / "00001.parquet").rename(web / "moved" / "00001.parquet")
+    write_shard(web / "00004.parquet", [jpeg(4000 + i) for i in range(30)])
+    summary = run(withdrawing(spec, *ROWS, (4, 9)))
     assert (summary.shards, summary.reasons["withdrawn"], summary.skipped) == (1, 1, 3)
-    assert sum(row["reason"] == "withdrawn" for row in read(spec.output)) == len(rows) + 1
+    assert sum(row["reason"] == "withdrawn" for row in read(spec.output)) == len(ROWS) + 1
+    assert not left_of(spec.output, [jpeg(4009)[-80:], url(4, 9).encode()])
 
 
 @pytest.mark.usefixtures("web")
@@ -210,7 +214,7 @@ def test_the_same_lists_are_compared_once(make_spec: MakeSpec) -> None:
 
 
 @pytest.mark.usefixtures("web")
-@pytest.mark.parametrize("after", [1, 4])
+@pytest.mark.parametrize("after", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_dead_driver_costs_what_was_in_flight(make_spec: MakeSpec, after: int) -> None:
     spec = make_spec()
     run(spec)
@@ -305,6 +309,7 @@ def test_after_vacuum_no_byte_of_a_withdrawn_row_is_left_under_the_output(make_s
     assert sum(row["reason"] == "withdrawn" for row in read(spec.output)) == len(rows)
 
 
+@pytest.mark.slow
 def test_lists_and_versions_in_an_object_store(make_spec: MakeSpec, s3: S3, tmp_path: Path) -> None:
     """With a retention the run itself takes the old files."""
     fs, place = s3.files(), f"data/{tmp_path.name}"
