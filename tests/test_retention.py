@@ -12,7 +12,6 @@ from test_recurate import no_models, run
 from capfilt.dataset import CuratedDataset
 from capfilt.spec import CurateSpec, Retention, Thresholds
 
-
 slow = partial(pytest.param, marks=pytest.mark.slow)
 
 
