@@ -274,6 +274,10 @@ class CuratedDataset:
         """Write `_runs/<run>/<name>` as JSON, without secrets."""
         self._put(f"_runs/{run}/{name}", json.dumps(redacted(record), indent=2).encode())
 
+    def write_run_page(self, run: str, name: str, page: bytes) -> None:
+        """Write `_runs/<run>/<name>` as it is."""
+        self._put(f"_runs/{run}/{name}", page)
+
     def runs(self, last: int | None = None) -> list[RunRecord]:
         """What runs left on record, the newest first; all if `last` is None."""
         fs, root = self._filesystem()

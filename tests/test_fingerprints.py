@@ -101,6 +101,7 @@ CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("fragment_rows", 7, NONE),
     ("max_error_fraction", 0.5, NONE),
     ("lease_seconds", 30, NONE),
+    ("report", False, NONE),
     ("ray", {"num_cpus": 1}, NONE),
     ("output", "/elsewhere", NONE),
     ("input", {"paths": ["/other"]}, NONE),

@@ -7,7 +7,6 @@ of fixed size: how many different texts (words) are to be expected among so many
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from capfilt.report.tally import Tally
 
@@ -162,10 +161,3 @@ def _loops(tally: Tally) -> dict[str, tuple[int, tuple[str, ...]]]:
     ):
         examples.setdefault(origin, []).append(text)
     return {origin: (n, tuple(sorted(examples[origin]))) for origin, n in counts.items()}
-
-
-def as_json(found: dict[str, Captions]) -> dict[str, Any]:
-    """For the page."""
-    from dataclasses import asdict
-
-    return {origin: asdict(own) for origin, own in found.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import posixpath
+import os
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from capfilt.errors import InputError
 from capfilt.evaluate import average_precision, roc_auc
 from capfilt.report.tally import Tally
 from capfilt.report.thresholds import STEPS
-from capfilt.spec import CurateSpec, Truth
+from capfilt.spec import CurateSpec, Input, Truth
 from capfilt.truth import Judge, read_truth
 
 BINS = 10
@@ -44,18 +44,19 @@ class Judged:
     average_precision: float | None
 
 
+def truth_at(path: str) -> Truth:
+    """The truth in a place: a rendered toy web's where it is the directory of one, else labels."""
+    if os.path.isfile(os.path.join(path, "truth.parquet")):
+        return Truth(toyweb=path)
+    return Truth(labels=Input(paths=(path,)))
+
+
 def find_truth(spec: CurateSpec | None) -> Truth | None:
     """The truth that lies beside the input: that of a rendered toy web, if the input is one."""
     if spec is None or len(spec.input.paths) != 1 or "://" in spec.input.paths[0]:
         return None
-    folder = posixpath.dirname(spec.input.paths[0].rstrip("/"))
-    return Truth(toyweb=folder) if _holds_truth(folder) else None
-
-
-def _holds_truth(folder: str) -> bool:
-    from pathlib import Path
-
-    return (Path(folder) / "truth.parquet").is_file()
+    truth = truth_at(os.path.dirname(spec.input.paths[0].rstrip("/")))
+    return truth if truth.toyweb else None
 
 
 def judge_scores(tally: Tally, truth: Truth) -> dict[str, Judged]:

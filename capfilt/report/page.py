@@ -1,9 +1,9 @@
 """The page: one HTML file that holds all it needs and asks no one for anything.
 
-What strangers wrote (captions, URLs, names, errors) reaches it in two ways only: through Jinja, which escapes it, and as
-JSON in an element that is no script, from which the page's own scripts set text, never markup. Characters that turn or
-hide text are spelt out. The content security policy lets the page's own scripts and styles run, each by its hash, and
-nothing be loaded.
+What strangers wrote (captions, URLs, names, errors) reaches it in two ways only: through Jinja, which escapes it, and
+as JSON in an element that is no script, from which the page's own scripts set text, never markup. Characters that turn
+or hide text are spelt out. The content security policy lets the page's own scripts and styles run, each by its hash,
+and nothing be loaded.
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ from capfilt.report.pictures import Key
 from capfilt.report.statistics import Statistics
 from capfilt.report.tally import WEB
 from capfilt.schema import SHARD
+from capfilt.spec import Thresholds
 from capfilt.terminal import escaped
 
 MOST = 10_000_000
 """Bytes of a page."""
-
-GALLERY_BYTES = 7_500_000
 
 SCRIPTS = (
     "vendor/d3.min.js",
@@ -72,6 +71,7 @@ class Page:
         before_note, truth_note: why there is nothing to compare with, or no truth.
         rows: of the gallery, as capfilt.report.gallery.choose_rows returns them.
         pictures: of these rows, data URLs or why there is none.
+        gallery_bytes: that the gallery may take.
         runs: on record, the newest first.
     """
 
@@ -84,6 +84,7 @@ class Page:
     truth_note: str
     rows: Sequence[Mapping[str, Any]]
     pictures: Mapping[Key, str]
+    gallery_bytes: int
     runs: Sequence[RunRecord]
     made: datetime
 
@@ -130,7 +131,7 @@ class Page:
         }
         return {
             "thresholds": scores.thresholds,
-            "inForce": asdict_of(now.rule.thresholds),
+            "inForce": _by_source(now.rule.thresholds),
             "decided": [[*map(int, cell), int(scores.rows[tuple(cell)])] for cell in cells],
             "rows": now.outcome.counts.rows,
             "itm": {origin: counts.tolist() for origin, counts in scores.itm.items()},
@@ -147,7 +148,7 @@ class Page:
 
     def _gallery(self) -> tuple[list[dict[str, Any]], int]:
         """The rows that fit, those that thresholds decide by the least margin first; and how many do not."""
-        thresholds = asdict_of(self.now.rule.thresholds)
+        thresholds = _by_source(self.now.rule.thresholds)
 
         def margin(row: Mapping[str, Any]) -> float:
             return 2.0 if row["margin"] is None else abs(row["margin"])
@@ -157,7 +158,7 @@ class Page:
         for row in sorted(self.rows, key=margin):
             one = _card(row, self.pictures.get((row[SHARD], row["row"]), "no picture"), thresholds)
             own = len(_json(one))
-            if size + own <= GALLERY_BYTES:
+            if size + own <= self.gallery_bytes:
                 size += own
                 shown.append(one)
         return shown, len(self.rows) - len(shown)
@@ -211,10 +212,8 @@ def _run(record: RunRecord) -> dict[str, Any]:
     return {"run": record.run, "started": record.started, "seconds": record.details["seconds"]}
 
 
-def asdict_of(thresholds: Any) -> dict[str, float]:
-    """By source."""
-    found: dict[str, float] = thresholds.model_dump()
-    return found
+def _by_source(thresholds: Thresholds) -> dict[str, float]:
+    return {"web": thresholds.web, "synthetic": thresholds.synthetic}
 
 
 # --- the file ---
@@ -248,7 +247,7 @@ def _number(value: float | None, kind: str = "number") -> str:
         return "–"
     if kind == "fraction":
         return f"{100 * value:.2f}%" if abs(value) < 0.1 else f"{100 * value:.1f}%"
-    if kind == "count" or value == int(value) and abs(value) >= 100:
+    if kind == "count" or (value == int(value) and abs(value) >= 100):
         return f"{value:,.0f}"
     return f"{value:,.1f}" if abs(value) >= 10 else f"{value:.3f}"
 

@@ -1,4 +1,4 @@
-"""Small pictures of rows: of kept ones from the pairs, of dropped ones from the input, as far as a budget of reading goes.
+"""Small pictures of rows, as far as a budget of reading goes: kept ones from the pairs, dropped ones from the input.
 
 A picture that is not had has a reason, for the page to say.
 """
@@ -43,10 +43,6 @@ class Budget:
 
     bytes: int
     files: int
-
-    def copy(self) -> Budget:
-        """One that is not used up when this is."""
-        return Budget(self.bytes, self.files)
 
     def open(self) -> None:
         """Take a file.

@@ -22,14 +22,25 @@ from capfilt.spec import Truth
 RUNS = 20
 """So many of the newest runs are shown."""
 
-READ = Budget(bytes=2**30, files=128)
-"""What is read of images, at most, for the gallery."""
 
-READ_AT_END = Budget(bytes=64 * 2**20, files=16)
-"""The same at the end of a run."""
+@dataclass(frozen=True)
+class Limits:
+    """What a report may cost.
 
-ROWS_AT_END = 200_000
-"""Of a larger dataset, a report at the end of a run looks at whole shards of about so many rows."""
+    Attributes:
+        rows: of a larger dataset's newest version, whole shards of about so many rows are looked at; None is all.
+        image_bytes, image_files: of image columns, and of files, that are read for pictures.
+        gallery_bytes: of the gallery in the page.
+    """
+
+    rows: int | None = None
+    image_bytes: int = 2**30
+    image_files: int = 128
+    gallery_bytes: int = 7_500_000
+
+
+AT_END = Limits(rows=200_000, image_bytes=64 * 2**20, image_files=16)
+"""Of a report at the end of a run, which is not to wait for long."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ def make_report(
     version: int | None = None,
     against: int | None = None,
     truth: Truth | None = None,
-    at_end: bool = False,
+    limits: Limits = Limits(),
 ) -> Report:
     """Make the page.
 
@@ -65,7 +76,7 @@ def make_report(
         version: the newest if not given.
         against: another one to compare with; the one that the run before left, if not given.
         truth: which texts are true. That of a toy web is found beside the input.
-        at_end: of a run, which is not to wait for long: less is read.
+        limits: what it may cost.
 
     Raises:
         DatasetError: there is no such version, or its files are gone.
@@ -73,13 +84,13 @@ def make_report(
     """
     number = dataset.versions()["annotations"] if version is None else version
     records = {record.run: record for record in dataset.runs()}
-    shards = _sample(dataset) if at_end and version is None else None
+    shards = None if version is not None or limits.rows is None else _sample(dataset, limits.rows)
     with tallied(dataset, number, shards) as tally:
         now = measure(tally, number, records)
         judged, truth_note = _judged(tally, truth, now)
         rows = choose_rows(tally, now.rule.thresholds)
     before, before_note = _before(dataset, records, number, against, shards)
-    budget = READ_AT_END if at_end else READ
+    budget = Budget(limits.image_bytes, limits.image_files)
     page = Page(
         dataset=dataset.output,
         all_rows=None if shards is None else sum(state.rows for state in dataset.committed().values()),
@@ -89,16 +100,17 @@ def make_report(
         judged=judged,
         truth_note=truth_note,
         rows=rows,
-        pictures=Pictures(dataset, number, now.rule.spec, options, budget.copy()).find(rows),
+        pictures=Pictures(dataset, number, now.rule.spec, options, budget).find(rows),
+        gallery_bytes=limits.gallery_bytes,
         runs=[record for record in records.values() if (_left(record) or 0) <= number][:RUNS],
         made=datetime.now(UTC),
     )
     return Report(page.html(), number, before.version if before else None, now.outcome.counts.rows)
 
 
-def _sample(dataset: CuratedDataset) -> list[str] | None:
-    """Whole shards of about ROWS_AT_END rows, whichever their names' checksums say; None where that is all."""
-    left, chosen, committed = ROWS_AT_END, [], dataset.committed()
+def _sample(dataset: CuratedDataset, rows: int) -> list[str] | None:
+    """Whole shards of about so many rows, whichever their names' checksums say; None where that is all."""
+    left, chosen, committed = rows, [], dataset.committed()
     for shard in sorted(committed, key=lambda name: (zlib.crc32(name.encode()), name)):
         if left <= 0:
             return chosen

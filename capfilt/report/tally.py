@@ -4,8 +4,8 @@
     texts     id, source, origin, text, clean, score, itc, kept, reason
     decided   id, web, synthetic: the best score of each source, of the rows that thresholds decide about
 
-`origin` is `web`, or the captioner's name. `score` is what thresholds are compared with: the filters' mean ITM or, where
-they vote, the score that more than half of them reach, which under one threshold for all decides alike.
+`origin` is `web`, or the captioner's name. `score` is what thresholds are compared with: the filters' mean ITM or,
+where they vote, the score that more than half of them reach, which under one threshold for all decides alike.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ class Tally:
 
     def batches(self, query: str, **values: Any) -> Iterator[pa.RecordBatch]:
         """The rows of a query of any size, a batch at a time."""
-        yield from self._connection.execute(query, values or None).to_arrow_reader(100_000)
+        yield from self._connection.sql(query, params=values or None).to_arrow_reader(100_000)
 
     def give(self, name: str, column: str, values: Sequence[str]) -> None:
         """Make a table of one column of texts, for queries to join."""

@@ -1,7 +1,7 @@
 """What any threshold would keep, from the scores on record: exact at each of a list of thresholds.
 
 A row is kept when its web text's score is at least the web's threshold or its best synthetic text's at least the
-synthetic one's (capfilt.decide). So the rows by (web score, best synthetic score) tell how many any two thresholds keep.
+synthetic one's (capfilt.decide). So the rows by web score and best synthetic score tell how many any two keep.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def measure_scores(tally: Tally, in_force: Thresholds) -> Scores:
     means: dict[str, dict[str, tuple[float, float]]] = {}
     query = """
         SELECT origin, avg(score), coalesce(stddev_pop(score), 0), avg(itc), coalesce(stddev_pop(itc), 0)
-        FROM texts WHERE score IS NOT NULL GROUP BY origin ORDER BY origin <> $web, origin
+        FROM texts WHERE score IS NOT NULL GROUP BY origin ORDER BY any_value(origin <> $web), origin
     """
     for origin, *found in tally.ask(query, web=WEB):
         means[origin] = {"itm": (found[0], found[1])} | ({"itc": (found[2], found[3])} if found[2] is not None else {})

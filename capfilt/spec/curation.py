@@ -87,6 +87,11 @@ class CurateSpec(Model):
         description="A run holds its output. One on another machine that gives no sign of life for so long loses it to "
         "the next run.",
     )
+    report: bool = Field(
+        default=True,
+        description="Leave a page for people in `_runs/<run>/report.html`, with small pictures of some rows. Of more "
+        "than 200,000 rows it looks at a sample; `capfilt report` looks at all.",
+    )
     ray: Ray = Ray()
 
     @field_validator("captioners", "filters")
