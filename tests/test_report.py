@@ -46,7 +46,7 @@ from capfilt.schema import ANNOTATION_FILE_SCHEMA, Source, Status
 from capfilt.spec import CurateSpec, Thresholds, ThresholdsOverride
 from capfilt.text import clean
 
-PAGE = Path(report.__file__).parent / "page"
+PAGE = Path(report.__file__).parent / "static"
 
 
 @pytest.fixture(scope="module")

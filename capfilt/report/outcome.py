@@ -72,7 +72,8 @@ def measure_outcome(tally: Tally) -> Outcome:
     columns = ", ".join(f"count(*) FILTER (status = '{status}')" for status in Status)
     reasons = tally.ask("SELECT status, reason, count(*) AS n FROM rows GROUP BY ALL ORDER BY n DESC, status, reason")
     texts = tally.ask(
-        "SELECT origin, reason, count(*) AS n FROM texts GROUP BY origin, reason ORDER BY any_value(origin <> $web), origin, n DESC",
+        "SELECT origin, reason, count(*) AS n FROM texts GROUP BY origin, reason "
+        "ORDER BY any_value(origin <> $web), origin, n DESC",
         web=WEB,
     )
     poorest = tally.ask(

@@ -220,7 +220,7 @@ def _by_source(thresholds: Thresholds) -> dict[str, float]:
 
 
 def _source(name: str) -> str:
-    return files("capfilt.report").joinpath("page", *name.split("/")).read_text(encoding="utf-8")
+    return files("capfilt.report").joinpath("static", *name.split("/")).read_text(encoding="utf-8")
 
 
 def _policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
@@ -272,7 +272,7 @@ def _words(name: str) -> str:
 
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("capfilt.report", "page"),
+        loader=PackageLoader("capfilt.report", "static"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
