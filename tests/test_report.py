@@ -171,6 +171,14 @@ def test_where_no_run_is_on_record_thresholds_are_those_that_were_seen(
     assert found.scores.kept(found.rule.thresholds.web, found.rule.thresholds.synthetic) == found.outcome.counts.kept
 
 
+def test_a_dataset_without_rows_has_a_report(tmp_path: Path) -> None:
+    CuratedDataset.for_writing(str(tmp_path / "out"), {})
+    made = make_report(CuratedDataset.for_reading(str(tmp_path / "out"), {}), {})
+    text = " ".join(" ".join(Parsed(made.html).text).split())
+    for words in ("rows 0 in 0 shards", "No image could be read.", "There is no text.", "No run is on record."):
+        assert words in text
+
+
 # --- captions ---
 
 
@@ -284,7 +292,7 @@ def test_kept_and_dropped_rows_have_their_pictures(
             with Image.open(io.BytesIO(base64.b64decode(picture.partition(",")[2]))) as small:
                 assert small.size == (row["width"], row["height"])
         else:
-            assert picture in ("no picture: the image cannot be used", "no picture in the input")
+            assert picture == ("no image" if row["reason"] == "no_image" else "the image cannot be used")
 
 
 def test_what_is_read_for_pictures_is_bounded(

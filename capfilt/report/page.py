@@ -245,6 +245,8 @@ def _number(value: float | None, kind: str = "number") -> str:
     """As a person reads it."""
     if value is None:
         return "–"
+    if kind == "fraction" and not value:
+        return "0%"
     if kind == "fraction":
         return f"{100 * value:.2f}%" if abs(value) < 0.1 else f"{100 * value:.1f}%"
     if kind == "count" or (value == int(value) and abs(value) >= 100):

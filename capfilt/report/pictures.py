@@ -86,8 +86,10 @@ class Pictures:
         dropped: dict[str, dict[int, str]] = defaultdict(dict)
         for row in rows:
             key = row[SHARD], row["row"]
-            if row["status"] == Status.ERROR or row["image_sha256"] is None:
-                found[key] = "no picture: the image cannot be used" if row["image_bytes"] else "no picture in the input"
+            if row["status"] == Status.ERROR:
+                found[key] = "the image cannot be used"
+            elif row["image_sha256"] is None:
+                found[key] = (row["reason"] or "no image").replace("_", " ")
             else:
                 own = kept if row["status"] == Status.KEPT else dropped
                 own[row[SHARD]][row["row"]] = row["image_sha256"]

@@ -23,6 +23,9 @@ from capfilt.spec import Decision
 MEMORY = "600MB"
 """Of DuckDB's own; what does not fit lies in its file."""
 
+THREADS = 4
+"""At most: each needs its share of the memory."""
+
 WEB = str(Source.WEB)
 SYNTHETIC = "synthetic"
 
@@ -82,6 +85,7 @@ class Tally:
         """
         config = {
             "memory_limit": MEMORY,
+            "threads": min(THREADS, os.cpu_count() or 1),
             "temp_directory": os.path.join(folder, "spilt"),
             "preserve_insertion_order": "false",
             "autoinstall_known_extensions": "false",  # a download

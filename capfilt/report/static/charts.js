@@ -13,7 +13,7 @@ function chart(name, { label, legend = [], table, draw }) {
   const figure = document.getElementById(`chart-${name}`);
   if (!figure) return;
   const area = figure.querySelector(".plot-area");
-  if (legend.length > 1 || legend.some(([text]) => text)) {
+  if (legend.length) {
     const items = legend.map(([text, shade, dashed]) => {
       const line = document.createElementNS("http://www.w3.org/2000/svg", "svg");
       line.setAttribute("width", 18);

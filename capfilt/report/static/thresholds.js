@@ -14,6 +14,9 @@ const decided = below[size][size];
 /** Where a threshold stands in the list: the last that is not above it. */
 const place = (threshold) => d3.bisectRight(thresholds, threshold + 1e-12) - 1;
 
+/** A threshold as people read it: two digits, or three where it has so many. */
+const digits = (threshold) => threshold.toFixed(3).replace(/0$/, "");
+
 /** Rows that two thresholds keep: all but those both of whose scores reach too few. */
 const kept = (web, synthetic) => decided - below[place(web) + 1][place(synthetic) + 1];
 
@@ -31,8 +34,8 @@ function setUpThresholds() {
   const tell = onceAFrame(() => {
     for (const source of ["web", "synthetic"]) {
       slides[source].value = chosen[source];
-      slides[source].setAttribute("aria-valuetext", `${chosen[source].toFixed(2)}`);
-      document.getElementById(`at-${source}`).value = chosen[source].toFixed(chosen[source] * 100 % 1 > 1e-9 ? 3 : 2);
+      slides[source].setAttribute("aria-valuetext", digits(chosen[source]));
+      document.getElementById(`at-${source}`).value = digits(chosen[source]);
     }
     const now = kept(chosen.web, chosen.synthetic);
     const change = now - kept(data.inForce.web, data.inForce.synthetic);
