@@ -18,6 +18,9 @@ PER_OCTAVE = 4
 BYTES_RANGE = (8, 26)
 """log2 of the encoded sizes, two bins to an octave: 256 bytes to 64 MiB."""
 
+SMALL = 200
+"""Pixels."""
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -54,7 +57,7 @@ class ImageSizes:
         sides: (bin of width, bin of height, images): four bins to an octave from 2 ** RANGE[0] pixels.
         bytes: encoded size, images by bin: two to an octave from 2 ** BYTES_RANGE[0].
         median_width, median_height, median_bytes: None where there is no image.
-        small: narrower or lower than 200 pixels.
+        small: with a side below SMALL.
     """
 
     images: int
@@ -95,21 +98,29 @@ def measure_images(tally: Tally) -> ImageSizes:
     side = "least({most}, greatest(0, floor((log2({what}) - {low}) * {per})))::INTEGER"
     last = (high - low) * PER_OCTAVE - 1
     width, height = (side.format(what=what, low=low, per=PER_OCTAVE, most=last) for what in ("width", "height"))
-    small, large = BYTES_RANGE
-    bins = 2 * (large - small)
-    encoded = side.format(what="image_bytes", low=small, per=2, most=bins - 1)
+    least, most = BYTES_RANGE
+    bins = 2 * (most - least)
+    encoded = side.format(what="image_bytes", low=least, per=2, most=bins - 1)
     seen = "FROM rows WHERE width > 0 AND height > 0"
     counts = dict(tally.ask(f"SELECT {encoded}, count(*) {seen} AND image_bytes > 0 GROUP BY ALL"))
-    medians = tally.one(
-        f"SELECT median(width), median(height), median(image_bytes), count(*) FILTER (least(width, height) < 200), "
-        f"count(*) {seen}"
-    )
+    small, images = tally.one(f"SELECT count(*) FILTER (least(width, height) < {SMALL}), count(*) {seen}")
     return ImageSizes(
-        medians[4],
+        images,
         tuple(
             tally.ask(f"SELECT coalesce(format, 'unknown') AS f, count(*) AS n {seen} GROUP BY f ORDER BY n DESC, f")
         ),
         tuple(tally.ask(f"SELECT {width} AS w, {height} AS h, count(*) {seen} GROUP BY ALL ORDER BY ALL")),
         tuple(counts.get(number, 0) for number in range(bins)),
-        *medians[:4],
+        *(_median(tally, f"SELECT {column} AS value {seen}") for column in ("width", "height", "image_bytes")),
+        small,
     )
+
+
+def _median(tally: Tally, values: str) -> float | None:
+    """The lower one. DuckDB's own holds all values in memory."""
+    (found,) = tally.one(
+        "SELECT min(value) FROM (SELECT value, sum(n) OVER (ORDER BY value) AS upto, sum(n) OVER () AS total "
+        f"FROM (SELECT value, count(*) AS n FROM ({values}) WHERE value IS NOT NULL GROUP BY value)) "
+        "WHERE 2 * upto >= total"
+    )
+    return None if found is None else float(found)

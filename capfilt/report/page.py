@@ -209,7 +209,12 @@ def _before(before: Statistics) -> dict[str, Any]:
 
 
 def _run(record: RunRecord) -> dict[str, Any]:
-    return {"run": record.run, "started": record.started, "seconds": record.details["seconds"]}
+    return {
+        "run": record.run,
+        "started": record.started,
+        "rows": record.rows,
+        "seconds": record.details["seconds"],
+    }
 
 
 def _by_source(thresholds: Thresholds) -> dict[str, float]:

@@ -170,11 +170,15 @@ function runCharts() {
   }
   const stages = [...new Set(bars.map((bar) => bar.stage))];
   const shade = (stage) => `var(--origin-${stages.indexOf(stage) % 6})`;
+  const spent = (run, stage) => {
+    const seconds = run.seconds[stage] ?? 0;
+    return seconds ? `${seconds.toFixed(2)} s, ${whole.format(run.rows / seconds)} rows/s` : "–";
+  };
   const started = new Map(data.runs.map((run) => [run.run, (run.started ?? run.run).slice(0, 16).replace("T", " ")]));
   chart("stages", {
     label: `Seconds by stage of ${data.runs.length} runs. The newest: ${Object.entries(data.runs[0].seconds).map(([stage, seconds]) => `${stage} ${seconds.toFixed(1)}`).join(", ")}.`,
     legend: stages.map((stage) => [stage, shade(stage)]),
-    table: () => ({ columns: ["Run", ...stages], rows: data.runs.map((run) => [run.run, ...stages.map((stage) => (run.seconds[stage] ?? 0).toFixed(2))]) }),
+    table: () => ({ columns: ["Run", ...stages], rows: data.runs.map((run) => [run.run, ...stages.map((stage) => spent(run, stage))]) }),
     draw: () => ({
       height: 60 + 26 * data.runs.length,
       marginLeft: 118,
