@@ -103,6 +103,7 @@ def measure_images(tally: Tally) -> ImageSizes:
     encoded = side.format(what="image_bytes", low=least, per=2, most=bins - 1)
     seen = "FROM rows WHERE width > 0 AND height > 0"
     counts = dict(tally.ask(f"SELECT {encoded}, count(*) {seen} AND image_bytes > 0 GROUP BY ALL"))
+    medians = [_median(tally, f"SELECT {name} AS value {seen}") for name in ("width", "height", "image_bytes")]
     small, images = tally.one(f"SELECT count(*) FILTER (least(width, height) < {SMALL}), count(*) {seen}")
     return ImageSizes(
         images,
@@ -111,8 +112,10 @@ def measure_images(tally: Tally) -> ImageSizes:
         ),
         tuple(tally.ask(f"SELECT {width} AS w, {height} AS h, count(*) {seen} GROUP BY ALL ORDER BY ALL")),
         tuple(counts.get(number, 0) for number in range(bins)),
-        *(_median(tally, f"SELECT {column} AS value {seen}") for column in ("width", "height", "image_bytes")),
-        small,
+        median_width=medians[0],
+        median_height=medians[1],
+        median_bytes=medians[2],
+        small=small,
     )
 
 

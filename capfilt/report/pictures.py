@@ -108,9 +108,9 @@ class Pictures:
         found: dict[Key, str] = {}
         for shard, rows in _most_first(wanted):
             for url in files[shard]:
-                left = {row: sha256 for row, sha256 in rows.items() if (shard, row) not in found}
-                if left and _may_hold(url, left):
-                    found |= self._try(shard, left, lambda url=url, left=left: self._pairs_of(url, left))
+                mine = {row: rows[row] for row in rows if (shard, row) not in found and _may_hold(url, row)}
+                if mine:
+                    found |= self._try(shard, mine, lambda url=url, mine=mine: self._pairs_of(url, mine))
             for row in rows:
                 found.setdefault((shard, row), "its pair is not there")
         return found
@@ -119,7 +119,7 @@ class Pictures:
         self.budget.open()
 
         def read(parquet: pq.ParquetFile) -> list[tuple[int, bytes]]:
-            found = []
+            found: list[tuple[int, bytes]] = []
             for group in range(parquet.metadata.num_row_groups):
                 numbers = parquet.read_row_group(group, ["row"], use_threads=False)["row"]
                 if not rows.keys() & set(numbers.to_pylist()):
@@ -223,9 +223,10 @@ def _most_first(wanted: Mapping[str, Mapping[int, str]]) -> list[tuple[str, Mapp
     return sorted(wanted.items(), key=lambda item: (-len(item[1]), item[0]))
 
 
-def _may_hold(url: str, rows: Mapping[int, str]) -> bool:
+def _may_hold(url: str, row: int) -> bool:
+    """Whether a pairs file may hold the row: its name says which it does, unless another tool wrote it."""
     span = DataFile(url, 0, 0).span
-    return span is None or any(span[0] <= row < span[1] for row in rows)
+    return span is None or span[0] <= row < span[1]
 
 
 def _size(parquet: pq.ParquetFile, group: int, column: str) -> int:

@@ -110,7 +110,8 @@ def make_report(
 
 def _sample(dataset: CuratedDataset, rows: int) -> list[str] | None:
     """Whole shards of about so many rows, whichever their names' checksums say; None where that is all."""
-    left, chosen, committed = rows, [], dataset.committed()
+    left, committed = rows, dataset.committed()
+    chosen: list[str] = []
     for shard in sorted(committed, key=lambda name: (zlib.crc32(name.encode()), name)):
         if left <= 0:
             return chosen

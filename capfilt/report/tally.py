@@ -83,7 +83,7 @@ class Tally:
             batches: of COLUMNS.
             folder: an empty directory for the database, which takes about as much as the annotations.
         """
-        config = {
+        config: dict[str, str | bool | int | float | list[str]] = {
             "memory_limit": MEMORY,
             "threads": min(THREADS, os.cpu_count() or 1),
             "temp_directory": os.path.join(folder, "spilt"),

@@ -86,7 +86,7 @@ const share = (bins) => {
 /** The outline of a histogram: its corners, from left to right. */
 const outline = (bins) => bins.flatMap(({ from, to, fraction }) => [{ x: from, y: fraction }, { x: to, y: fraction }]);
 
-const area = (bins, shade) => Plot.areaY(outline(bins), { x: "x", y: "y", fill: shade, fillOpacity: 0.16 });
+const area = (bins, shade) => Plot.areaY(outline(bins), { x: "x", y1: 0, y2: "y", fill: shade, fillOpacity: 0.16 });
 const line = (bins, shade, more = {}) => Plot.lineY(outline(bins), { x: "x", y: "y", stroke: shade, strokeWidth: 1.8, ...more });
 const axisY = { label: null, tickFormat: "%", grid: true, ticks: 5, nice: true };
 const baseline = () => Plot.ruleY([0], { strokeOpacity: 0.5 });

@@ -96,8 +96,11 @@ function card(row) {
   const picture = row.picture
     ? element("img", { src: row.picture, alt: `Picture of row ${row.row}`, decoding: "async" })
     : element("span", {}, row.noPicture);
-  const size = row.width ? ` · ${row.width} × ${row.height} ${row.format ?? ""}` : "";
-  const bytes = row.image_bytes ? ` · ${whole.format(row.image_bytes / 1024)} KiB` : "";
+  const about = [
+    `row ${whole.format(row.row)}`,
+    row.width ? `${row.width} × ${row.height} ${row.format ?? ""}` : null,
+    row.image_bytes ? binary(row.image_bytes) : null,
+  ];
   return element(
     "li",
     { class: "pair", "data-verdict": is },
@@ -114,8 +117,13 @@ function card(row) {
       ...row.texts.map((text) => said_of(text)),
       row.detail || row.note ? element("p", { class: "why" }, element("bdi", {}, row.detail ?? row.note)) : null,
     ),
-    element("p", { class: "place" }, element("bdi", {}, `${row.shard}, row ${whole.format(row.row)}`), `${size}${bytes}`,
-      row.url ? element("br") : null, row.url ? element("bdi", {}, row.url) : null),
+    element(
+      "p",
+      { class: "place" },
+      element("span", {}, about.filter(Boolean).join(" · ")),
+      element("bdi", {}, row.shard),
+      row.url ? element("bdi", {}, row.url) : null,
+    ),
   );
 }
 

@@ -103,7 +103,6 @@ function imageCharts() {
       ],
     }),
   });
-  const binary = (value) => (value >= 2 ** 20 ? `${+(value / 2 ** 20).toFixed(1)} MiB` : value >= 1024 ? `${+(value / 1024).toFixed(1)} KiB` : `${Math.round(value)} B`);
   const sized = share(bytes.map((n, i) => ({ from: bytesFrom + i / 2, to: bytesFrom + (i + 1) / 2, n, name: binary(2 ** (bytesFrom + i / 2)) })));
   const used = sized.filter((bin) => bin.n);
   if (!used.length) return;

@@ -18,6 +18,12 @@ const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const percent = (fraction) => (Number.isFinite(fraction) ? `${(100 * fraction).toFixed(1)}%` : "–");
 const score = (value) => (value == null ? "–" : value.toFixed(3));
 
+/** Bytes as people read them. */
+function binary(bytes) {
+  if (bytes >= 2 ** 20) return `${+(bytes / 2 ** 20).toFixed(1)} MiB`;
+  return bytes >= 1024 ? `${+(bytes / 1024).toFixed(1)} KiB` : `${Math.round(bytes)} B`;
+}
+
 const sum = (numbers) => numbers.reduce((total, one) => total + one, 0);
 
 /** Colour of a text's origin: the web's, then one for each captioner. */
