@@ -334,6 +334,8 @@ def report(
     from capfilt.report.judged import truth_at
 
     place, options = _place(output)
+    if to and not to.parent.is_dir():
+        raise CapfiltError(f"{to}: no such directory; name another file with --to")
     dataset = CuratedDataset.for_reading(place, options)
     known = truth_at(truth) if truth else None
     made = make_report(dataset, options, version=version, against=against, truth=known)

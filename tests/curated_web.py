@@ -24,7 +24,7 @@ HOSTILE = {
 }
 """Web texts of the first rows."""
 
-ROWS = 90
+ROWS = 40  # few enough that a gallery holds nearly all of them
 SHARDS = 3
 
 
@@ -45,9 +45,9 @@ def make_web(root: Path) -> Path:
     """The input: SHARDS files of ROWS rows."""
     for shard in range(SHARDS):
         images: list[bytes | None] = [jpeg(1000 * shard + n, 24 + 8 * (n % 3)) for n in range(ROWS)]
-        texts: list[str | None] = [f"text {n % 40} of shard {shard}" for n in range(ROWS)]
-        images[50], images[51], images[52] = None, b"no image", b""
-        texts[60] = None
+        texts: list[str | None] = [f"text {n % 20} of shard {shard}" for n in range(ROWS)]
+        images[30], images[31], images[32] = None, b"no image", b""
+        texts[35] = None
         if shard == 0:
             texts[: len(HOSTILE)] = list(HOSTILE.values())
         write_shard(root / "in" / f"part-{shard}.parquet", images, texts)
@@ -62,7 +62,7 @@ def curate_web(
         "kind": "curate",
         "input": Input(paths=(str(root / "in"),)),
         "output": str(root / "out"),
-        "fragment_rows": 40,
+        "fragment_rows": 20,
         "max_error_fraction": 0.5,
         **cards(root),
     }

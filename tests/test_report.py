@@ -132,7 +132,7 @@ def test_images_are_counted_by_format_and_size(dataset: CuratedDataset, rows: li
     assert found.small == len(sized)
 
 
-@pytest.mark.parametrize(("decision", "filters"), [("mean", 1), ("mean", 2), ("vote", 3), ("vote", 2)])
+@pytest.mark.parametrize(("decision", "filters"), [("mean", 2), ("vote", 3)])
 def test_any_threshold_keeps_what_decide_would(tmp_path: Path, decision: str, filters: int) -> None:
     write_shard(tmp_path / "in" / "0.parquet", [jpeg(n) for n in range(60)])
     fields = {**cards(tmp_path, filters), "decision": decision, "report": False}
@@ -394,9 +394,10 @@ def test_the_page_loads_nothing_and_runs_its_own_scripts_alone(made: Report) -> 
 def test_what_strangers_wrote_is_text(made: Report, rows: list[dict[str, Any]]) -> None:
     page = Parsed(made.html)
     assert made.html.count(b"<script") == len(page.raw["script"]) == 8
-    assert b"evil.example/x.png onerror" not in made.html.replace(b"&#34;", b'"').split(b"<bdi", 1)[0]
-    assert not re.search("[\u202a-\u202e\u2066-\u2069\u200b\x00-\x08\x0e-\x1f]", made.html.decode())
-    (data,) = [json.loads(source) for source in page.raw["script"] if source.startswith("{")]
+    (raw,) = [source for source in page.raw["script"] if source.startswith("{")]
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\u200b\x00-\x08\x0e-\x1f]", "".join([raw, *page.text]))
+    assert not re.search("[<>&]", raw)
+    data = json.loads(raw)
     texts = {text["text"]: text for row in data["gallery"] for text in row["texts"]}
     assert HOSTILE["script"] in texts
     assert HOSTILE["markup"] in texts
@@ -466,13 +467,11 @@ def test_versions_are_compared_number_by_number(tmp_path: Path) -> None:
     assert moved["writer: ITM"] == 0
     assert "Fewer rows are kept" in [alarm.title for alarm in alarms(now, before)]
     assert alarms(now, now) == []
-    old = make_report(dataset, {}, version=made.against)
-    assert old.against is None
-    assert f"Version {made.against}".encode() in old.html
     with pytest.raises(DatasetError, match="no version 99"):
         make_report(dataset, {}, against=99)
 
 
+@pytest.mark.slow
 def test_a_version_whose_files_are_gone_is_named(tmp_path: Path) -> None:
     make_web(tmp_path)
     spec, first = curate_web(tmp_path, report=False)
@@ -606,16 +605,16 @@ def test_the_command_writes_a_page(
     number = summary.versions["annotations"]
     assert (tmp_path / f"out-version-{number}.html").read_bytes().startswith(b"<!doctype html>")
     assert f"out-version-{number}.html: version {number} of" in " ".join(done.output.split())
-    done = CliRunner().invoke(app, ["report", spec.output, "--to", "mine.html", "--version", str(number)])
+    done = CliRunner().invoke(app, ["report", spec.output, "--to", "mine.html", "--version", str(number - 1)])
     assert done.exit_code == 0
-    assert (tmp_path / "mine.html").is_file()
+    assert f"Version {number - 1}".encode() in (tmp_path / "mine.html").read_bytes()
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--version", "77"], "no version 77"),
-        (["--to", "none/there.html"], "none/there.html: cannot be written: No such file or directory; name another"),
+        (["--to", "none/there.html"], "none/there.html: no such directory; name another file with --to"),
         (["--truth", "nowhere"], "nowhere: no such file or directory"),
     ],
 )

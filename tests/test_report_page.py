@@ -219,7 +219,9 @@ def test_every_chart_is_drawn_and_has_its_numbers(page: Any) -> None:
 
 
 def test_by_keyboard_alone(page: Any) -> None:
-    page.evaluate("() => { document.activeElement.blur(); scrollTo(0, 0) }")
+    page.evaluate(
+        "() => { document.body.tabIndex = -1; document.body.focus(); document.body.removeAttribute('tabindex') }"
+    )
     page.keyboard.press("Tab")
     assert page.evaluate("() => document.activeElement.textContent") == "Skip to the report"
     page.focus("#slide-web")
