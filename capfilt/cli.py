@@ -354,6 +354,40 @@ def diff(
 
 
 @app.command()
+def report(
+    output: Output,
+    to: Annotated[
+        Path | None, typer.Option(help="The file; <name>-version-<N>.html if not given.", show_default=False)
+    ] = None,
+    version: Annotated[int | None, typer.Option(help="Of the dataset; the newest if not given.", min=0)] = None,
+    against: Annotated[
+        int | None, typer.Option(help="A version to compare with; what the run before left, if not given.", min=0)
+    ] = None,
+    truth: Annotated[
+        str | None, typer.Option(help="Labels (Parquet), or a rendered toy web: which texts are true.")
+    ] = None,
+) -> None:
+    """Write one HTML file about a curated dataset: what was kept, what was not, and why. It opens offline."""
+    from capfilt.dataset import CuratedDataset
+    from capfilt.report import make_report
+    from capfilt.report.judged import truth_at
+
+    place, options = _place(output)
+    if to and not to.parent.is_dir():
+        raise CapfiltError(f"{to}: no such directory; name another file with --to")
+    dataset = CuratedDataset.for_reading(place, options)
+    known = truth_at(truth) if truth else None
+    made = make_report(dataset, options, version=version, against=against, truth=known)
+    file = to or Path(f"{place.rstrip('/').rpartition('/')[2]}-version-{made.version}.html")
+    try:
+        file.write_bytes(made.html)
+    except OSError as error:
+        raise CapfiltError(f"{file}: cannot be written: {error.strerror}; name another file with --to") from error
+    compared = "" if made.against is None else f", compared with version {made.against}"
+    say(f"{file}: version {made.version} of {place}, {made.rows:,} rows{compared}")
+
+
+@app.command()
 def vacuum(
     output: Output,
     hours: Annotated[int, typer.Option(help="Keep what old versions need if they are younger than this.", min=0)] = 168,

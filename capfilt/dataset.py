@@ -293,6 +293,10 @@ class CuratedDataset:
                 if name.endswith(".html"):
                     self._delete(f"_runs/{run}/{name}")
 
+    def write_run_page(self, run: str, name: str, page: bytes) -> None:
+        """Write `_runs/<run>/<name>` as it is."""
+        self._put(f"_runs/{run}/{name}", page)
+
     def runs(self, last: int | None = None) -> list[RunRecord]:
         """What runs left on record, the newest first; all if `last` is None."""
         fs, root = self._filesystem()

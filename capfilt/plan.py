@@ -111,7 +111,7 @@ def make_plan(
         DatasetError: rows were withdrawn of a shard that capfilt did not write, and whose input is gone.
     """
     listed = list_inputs(spec.input, exclude=spec.output)
-    files = _keep_shards(listed, committed)
+    files = keep_shards(listed, committed)
     reasons = [(file, why_stale(file, fingerprints, committed.get(file.shard), withdrawals)) for file in files]
     paths = {file.shard: file.path for file in files}
     stale = [(file, why) for file, why in reasons if why is not None]
@@ -148,7 +148,7 @@ def _rows_per_byte(known: Sequence[tuple[InputFile, ShardState]]) -> float | Non
     return sum(rows for _, rows in same) / size if size else None
 
 
-def _keep_shards(files: Sequence[InputFile], committed: Mapping[str, ShardState]) -> list[InputFile]:
+def keep_shards(files: Sequence[InputFile], committed: Mapping[str, ShardState]) -> list[InputFile]:
     """Give files that were moved the shards they had, which the names of others' paths would make new ones.
 
     A new file has moved if a shard was made from a file of its name and content that is no longer listed. Of several

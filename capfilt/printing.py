@@ -75,6 +75,8 @@ def print_summary(summary: Summary) -> None:
         say(f"stages, summed over workers: {stages}")
     if summary.busy is not None:
         say(f"the models were busy {summary.busy:.0%} of the time; the bottleneck: {summary.bottleneck}")
+    if summary.report:
+        say(f"report: {summary.output}/_runs/{summary.run}/{summary.report}")
     say_where(summary.output)
 
 

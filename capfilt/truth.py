@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -24,6 +24,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 class Judge(Protocol):
     """Knows which texts are true of which images. An image is named by the sha256 of its bytes, 64 hex digits."""
+
+    @property
+    def images(self) -> Collection[str]:
+        """Those of which it knows anything."""
+        ...
 
     def is_true(self, sha256: str, text: str) -> bool | None:
         """Whether a text is true of an image; None where that is not known."""
@@ -54,6 +59,11 @@ class Labels:
     """Judges the texts that someone has judged, alike after clean-up (capfilt.text.clean); knows no others."""
 
     true: Mapping[tuple[str, str], bool]
+
+    @property
+    def images(self) -> Collection[str]:
+        """See :class:`Judge`."""
+        return {sha256 for sha256, _ in self.true}
 
     def is_true(self, sha256: str, text: str) -> bool | None:
         """See :class:`Judge`."""
@@ -119,6 +129,11 @@ class Scenes:
     """Judges any text of a toy web's pictures, by its grammar."""
 
     scenes: Mapping[str, Scene]
+
+    @property
+    def images(self) -> Collection[str]:
+        """See :class:`Judge`."""
+        return self.scenes.keys()
 
     def is_true(self, sha256: str, text: str) -> bool | None:
         """See :class:`Judge` and :func:`capfilt.toyweb.is_true`."""

@@ -76,6 +76,7 @@ def make_spec(tmp_path: Path) -> MakeSpec:
             ),
             "filters": (FilterCard(role="filter", name="stub-filter", checkpoint=local, image_size=16, batch_size=8),),
             "fragment_rows": 40,
+            "report": False,  # tests/test_report.py's runs leave one
         }
         return CurateSpec(**{**defaults, **fields})
 

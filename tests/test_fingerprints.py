@@ -101,6 +101,7 @@ CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("lease_seconds", 30, NONE),
     ("withdrawn", {"urls": ["/gone.txt"]}, NONE),  # of the shards alone that a list hits
     ("retention", {"days": 30}, NONE),
+    ("report", False, NONE),
     ("ray", {"num_cpus": 1}, NONE),
     ("output", "/elsewhere", NONE),
     ("input", {"paths": ["/other"]}, NONE),

@@ -33,6 +33,7 @@ from capfilt.logs import event
 from capfilt.pace import Pace
 from capfilt.pipelines.budget import ErrorBudget
 from capfilt.pipelines.job import Failure, Job, LoadModels, load_models
+from capfilt.pipelines.leave_report import leave_report
 from capfilt.pipelines.metrics import DriverMetrics
 from capfilt.pipelines.progress import Display
 from capfilt.pipelines.redecide import Redecision, redecide, redecisions
@@ -78,6 +79,7 @@ class Summary:
         failures: input files that could not be curated, each with what was wrong.
         gone: committed shards that are no longer among the inputs.
         outcome: `done`, or the error that ended the run.
+        report: name of the page that the run left in its folder, if it did; report_error: why it could not.
         versions: of the tables after the run.
         elapsed: seconds.
     """
@@ -98,6 +100,8 @@ class Summary:
     failures: dict[str, str] = field(default_factory=dict)
     gone: int = 0
     outcome: str = "running"
+    report: str | None = None
+    report_error: str | None = None
     versions: dict[str, int] = field(default_factory=dict)
     elapsed: float = 0.0
 
@@ -173,6 +177,8 @@ def curate(
                 report(summary)
             if work:
                 _write_summary(dataset, summary)
+                if spec.report and leave_report(dataset, spec, summary, partial(_tell, console)):
+                    _write_summary(dataset, summary)
 
 
 def _lease(spec: CurateSpec, run: str, console: Console) -> Lease:

@@ -90,6 +90,11 @@ class CurateSpec(Model):
     )
     withdrawn: Withdrawn | None = Field(default=None, description="Lists of what owners withdrew; see docs/removal.md.")
     retention: Retention | None = Field(default=None, description="Which old versions stay readable; without it all.")
+    report: bool = Field(
+        default=True,
+        description="Leave a page for people in `_runs/<run>/report.html`, with small pictures of some rows. Of more "
+        "than 200,000 rows it looks at a sample; `capfilt report` looks at all.",
+    )
     ray: Ray = Ray()
 
     @field_validator("captioners", "filters")

@@ -1,0 +1,42 @@
+"""The page that a run leaves at its end. The run is done by then: nothing that goes wrong here makes it fail."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from capfilt.dataset import CuratedDataset
+from capfilt.logs import event
+from capfilt.spec import CurateSpec
+from capfilt.stores import one_line
+
+if TYPE_CHECKING:
+    from capfilt.pipelines.curate import Summary
+
+PAGE = "report.html"
+
+_ENDED = ("done", "ErrorBudgetError")
+
+
+def leave_report(dataset: CuratedDataset, spec: CurateSpec, summary: Summary, say: Callable[[str], None]) -> bool:
+    """Write the page of what the dataset holds now to the run's folder, unless the run was broken off or did nothing.
+
+    Sets `summary.report`; or `summary.report_error`, which is said and logged, too.
+
+    Returns:
+        Whether it did set one.
+    """
+    if not summary.shards or summary.outcome.partition(":")[0] not in _ENDED:
+        return False
+    try:
+        from capfilt.report import AT_END, make_report  # not before it is needed: it takes a moment to load
+
+        page = make_report(dataset, spec.output_options, limits=AT_END).html
+        dataset.write_run_page(summary.run, PAGE, page)
+        summary.report = PAGE
+    except Exception as error:  # noqa: BLE001  said, logged and recorded
+        summary.report_error = one_line(error)
+        event("report_failed", logging.WARNING, run=summary.run, error=one_line(error))
+        say(f"the run's report could not be written: {one_line(error)}. `capfilt report {spec.output}` tries again")
+    return True

@@ -1,0 +1,182 @@
+"""Make a report of one version of a dataset, compared with another where there is one."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from capfilt.dataset import CuratedDataset
+from capfilt.errors import DatasetError, InputError
+from capfilt.records import RunRecord
+from capfilt.report.gallery import choose_rows
+from capfilt.report.judged import Judged, find_truth, judge_scores
+from capfilt.report.page import Page
+from capfilt.report.pictures import Budget, Pictures
+from capfilt.report.statistics import Statistics, measure, tallied
+from capfilt.report.tally import Tally
+from capfilt.spec import Truth
+
+RUNS = 20
+"""So many of the newest runs are shown."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a report may cost.
+
+    Attributes:
+        rows: of a larger dataset's newest version, whole shards of about so many rows are looked at; None is all.
+        image_bytes, image_files: of image columns, and of files, that are read for pictures.
+        gallery_bytes: of the gallery in the page.
+    """
+
+    rows: int | None = None
+    image_bytes: int = 2**30
+    image_files: int = 128
+    gallery_bytes: int = 7_500_000
+
+
+AT_END = Limits(rows=200_000, image_bytes=64 * 2**20, image_files=16)
+"""Of a report at the end of a run, which is not to wait for long."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """A page and what it is about.
+
+    Attributes:
+        html: the page, UTF-8, at most capfilt.report.page.MOST bytes.
+        version: of the annotations.
+        against: the version that it is compared with; None if with none.
+        rows: that were looked at.
+    """
+
+    html: bytes
+    version: int
+    against: int | None
+    rows: int
+
+
+def make_report(
+    dataset: CuratedDataset,
+    options: Mapping[str, Any],
+    *,
+    version: int | None = None,
+    against: int | None = None,
+    truth: Truth | None = None,
+    limits: Limits = Limits(),
+) -> Report:
+    """Make the page.
+
+    Args:
+        options: the storage options that the dataset was opened with.
+        version: the newest if not given.
+        against: another one to compare with; the one that the run before left, if not given.
+        truth: which texts are true. That of a toy web is found beside the input.
+        limits: what it may cost.
+
+    Raises:
+        DatasetError: there is no such version, or its files are gone.
+        InputError: the truth that was given cannot be read, or knows none of the texts.
+    """
+    number = dataset.versions()["annotations"] if version is None else version
+    records = {record.run: record for record in dataset.runs()}
+    shards = None if version is not None or limits.rows is None else _sample(dataset, limits.rows)
+    with tallied(dataset, number, shards) as tally:
+        now = measure(tally, number, records)
+        judged, truth_note = _judged(tally, truth, now)
+        rows = choose_rows(tally, now.rule.thresholds)
+    before, before_note = _before(dataset, records, number, against, shards)
+    budget = Budget(limits.image_bytes, limits.image_files)
+    page = Page(
+        dataset=dataset.output,
+        all_rows=None if shards is None else sum(state.rows for state in dataset.committed().values()),
+        now=now,
+        before=before,
+        before_note=before_note,
+        judged=judged,
+        truth_note=truth_note,
+        rows=rows,
+        pictures=Pictures(dataset, number, now.rule.spec, options, budget).find(rows),
+        gallery_bytes=limits.gallery_bytes,
+        runs=[record for record in records.values() if (_left(record) or 0) <= number][:RUNS],
+        made=datetime.now(UTC),
+    )
+    return Report(page.html(), number, before.version if before else None, now.outcome.counts.rows)
+
+
+def _sample(dataset: CuratedDataset, rows: int) -> list[str] | None:
+    """Whole shards of about so many rows, whichever their names' checksums say; None where that is all."""
+    left, committed = rows, dataset.committed()
+    chosen: list[str] = []
+    for shard in sorted(committed, key=lambda name: (zlib.crc32(name.encode()), name)):
+        if left <= 0:
+            return chosen
+        chosen.append(shard)
+        left -= committed[shard].rows
+    return None
+
+
+# --- the version before ---
+
+
+def _before(
+    dataset: CuratedDataset,
+    records: Mapping[str, RunRecord],
+    number: int,
+    against: int | None,
+    shards: Sequence[str] | None,
+) -> tuple[Statistics | None, str]:
+    """The version to compare with; or None, and why."""
+    asked = against
+    if against is None:
+        against = earlier(number, [left for record in records.values() if (left := _left(record)) is not None])
+    if against is None:
+        return None, "There is none: no run before this one is on record."
+    try:
+        with tallied(dataset, against, shards) as tally:
+            return measure(tally, against, records), ""
+    except DatasetError as error:
+        if asked is not None:
+            raise
+        return None, f"Version {against} cannot be read any more: {error}"
+
+
+def _left(record: RunRecord) -> int | None:
+    """The version that a run left."""
+    version = record.details.get("versions", {}).get("annotations")
+    return version if isinstance(version, int) else None
+
+
+def earlier(number: int, left: Sequence[int]) -> int | None:
+    """The version that the run before left; None if there was none.
+
+    Args:
+        number: a version. The run that made it left this one or a later one; or an earlier one, if there was only
+            maintenance since.
+        left: what each run left.
+    """
+    ends = sorted(set(left))
+    if not ends:
+        return None
+    maker = next((end for end in ends if end >= number), ends[-1])
+    return max((end for end in ends if 0 < end < min(number, maker)), default=None)
+
+
+# --- the truth ---
+
+
+def _judged(tally: Tally, truth: Truth | None, now: Statistics) -> tuple[dict[str, Judged], str]:
+    """The scores against the truth; or nothing, and why."""
+    found = truth or find_truth(now.rule.spec)
+    if found is None:
+        return {}, "No truth is known of these images. Give labels with --truth."
+    try:
+        return judge_scores(tally, found), ""
+    except InputError as error:
+        if truth is not None:
+            raise
+        return {}, f"The truth that lies beside the input is of no use: {error}"

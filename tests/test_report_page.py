@@ -1,0 +1,275 @@
+"""The report in a browser: it works, offline, and obeys no caption."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import read
+from curated_web import HOSTILE, curate_web, make_web
+
+from capfilt.schema import Status
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SLIDER_MS = 100
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine (on Debian and Ubuntu: apt-get install chromium)"
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """A run's report, and the rows that it is about."""
+    root = tmp_path_factory.mktemp("page")
+    make_web(root)
+    spec, summary = curate_web(root)
+    return Path(spec.output) / "_runs" / summary.run / "report.html", read(spec.output)
+
+
+class Watched:
+    """A page, and all that it asked for or complained of."""
+
+    def __init__(self, browser: Any, file: Path, **context: Any) -> None:
+        self.context = browser.new_context(**context)
+        self.asked: list[str] = []
+        self.said: list[str] = []
+        self.page = self.context.new_page()
+        self.page.on("request", lambda request: self.asked.append(request.url))
+        self.page.on("console", lambda message: self.said.append(f"{message.type}: {message.text}"))
+        self.page.on("pageerror", lambda error: self.said.append(f"error: {error}"))
+        self.page.on("dialog", lambda dialog: self.said.append(f"dialog: {dialog.message}"))
+        self.page.goto(file.as_uri())
+        self.page.wait_for_selector("html[data-ready]")
+
+    def frames(self) -> None:
+        """Wait until what was asked for is drawn."""
+        self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+@pytest.fixture(scope="module")
+def watched(browser: Any, report: tuple[Path, list[dict[str, Any]]]) -> Iterator[Watched]:
+    watched = Watched(browser, report[0], viewport={"width": 1280, "height": 900})
+    yield watched
+    loaded = [url for url in watched.asked if not url.startswith("data:")]
+    assert loaded == [report[0].as_uri()], "the page asked for more than itself"
+    assert watched.said == []
+    watched.context.close()
+
+
+@pytest.fixture
+def page(watched: Watched) -> Iterator[Any]:
+    """The page as it is when opened."""
+    yield watched.page
+    watched.page.evaluate(
+        """() => {
+          document.getElementById("filters").reset();
+          document.getElementById("find").dispatchEvent(new Event("input", { bubbles: true }));
+          document.getElementById("reset").click();
+        }"""
+    )
+    watched.frames()
+
+
+def slide(page: Any, source: str, to: float) -> float:
+    """Move a slider; the milliseconds until the next frame is drawn."""
+    took: float = page.evaluate(
+        """async ([source, to]) => {
+          const slider = document.getElementById(`slide-${source}`);
+          slider.value = to;
+          const begin = performance.now();
+          slider.dispatchEvent(new Event("input", { bubbles: true }));
+          await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+          return performance.now() - begin;
+        }""",
+        [source, to],
+    )
+    return took
+
+
+def kept_at(rows: list[dict[str, Any]], web: float, synthetic: float) -> int:
+    kept = 0
+    for row in rows:
+        best = {"web": -1.0, "synthetic": -1.0}
+        for text in row["texts"]:
+            if text["itm"] is not None:
+                best[text["source"]] = max(best[text["source"]], text["itm"])
+        kept += best["web"] >= web or best["synthetic"] >= synthetic
+    return kept
+
+
+def test_the_sliders_move_the_counts(page: Any, report: tuple[Path, list[dict[str, Any]]]) -> None:
+    rows = report[1]
+    counted = page.locator("#would-keep")
+    assert int(counted.inner_text()) == sum(row["status"] == Status.KEPT for row in rows) == kept_at(rows, 0.5, 0.5)
+    assert page.locator("#together").is_checked()
+    for threshold in (0.0, 0.23, 0.9, 1.0):
+        slide(page, "web", threshold)
+        assert int(counted.inner_text()) == kept_at(rows, threshold, threshold)
+        assert page.locator("#at-synthetic").inner_text() == f"{threshold:.2f}"
+    page.locator("#together").uncheck()
+    slide(page, "synthetic", 0.3)
+    assert int(counted.inner_text()) == kept_at(rows, 1.0, 0.3)
+    page.locator("#reset").click()
+    page.wait_for_function("() => document.getElementById('would-differ').textContent === 'the thresholds in force'")
+    assert int(counted.inner_text()) == kept_at(rows, 0.5, 0.5)
+
+
+def test_the_sliders_move_the_gallery(page: Any) -> None:
+    def verdicts() -> set[str]:
+        return set(page.locator(".pair").evaluate_all("(all) => all.map((one) => one.dataset.verdict)"))
+
+    page.select_option("#order", "borderline")
+    slide(page, "web", 0.0)
+    assert "dropped" not in verdicts() - {"error"} or page.locator("#found").inner_text().count("0 dropped") == 0
+    page.select_option("#verdict", "kept")
+    slide(page, "web", 1.0)
+    page.wait_for_function("() => document.querySelectorAll('.pair').length === 0")
+    slide(page, "web", 0.7)
+    page.wait_for_function("() => document.querySelectorAll('.pair').length > 0")
+    assert verdicts() == {"kept"}
+    scores = page.locator(".pair").evaluate_all(
+        """(all) => all.map((one) =>
+          Math.max(...[...one.querySelectorAll(".about b")].map((score) => Number(score.textContent))))"""
+    )
+    assert all(score >= 0.6995 for score in scores)
+    assert scores == sorted(scores)  # borderline first
+
+
+def test_the_slider_answers_at_once(page: Any) -> None:
+    took = sorted(slide(page, "web", n / 40) for n in range(41))
+    assert took[len(took) // 2] < SLIDER_MS, took
+
+
+def test_filters_and_search(page: Any) -> None:
+    def settle(words: str) -> None:
+        page.wait_for_function("(words) => document.getElementById('found').textContent.includes(words)", arg=words)
+
+    page.fill("#find", "KILLS nothing")
+    settle("0 of")
+    page.fill("#find", "Owned fetch")
+    settle("1 of")
+    assert HOSTILE["script"] in page.locator(".pair .said").first.inner_text()
+    page.fill("#find", "")
+    page.select_option("#verdict", "error")
+    settle("0 kept, 0 dropped")
+    assert set(page.locator(".pair .tag").all_inner_texts()) == {"error"}
+    page.select_option("#verdict", "")
+    page.select_option("#reason", "no_image")
+    settle("3 of")
+    assert set(page.locator(".pair .why").all_inner_texts()) == {"no image"}
+    page.select_option("#reason", "")
+    page.select_option("#which", "web")
+    settle("0 errors")
+    for texts in page.locator(".pair").evaluate_all(
+        "(all) => all.map((one) => [...one.querySelectorAll('.text')].map((text) => text.classList.contains('match')))"
+    ):
+        assert texts == [True, False]
+    page.select_option("#which", "")
+    more = page.locator("#more")
+    before = page.locator(".pair").count()
+    more.click()
+    assert page.locator(".pair").count() > before
+
+
+def test_hostile_captions_are_inert(page: Any) -> None:
+    assert page.title().endswith("capfilt report")
+    for words, shown in (
+        ("onerror", HOSTILE["markup"]),
+        ("svg onload", HOSTILE["ends"]),
+        ("gnp.exe", "a cat \\u202egnp.exe\\u202c on \\u2066the\\u2069 mat\\u200b"),
+    ):
+        page.fill("#find", words)
+        page.wait_for_function("() => document.getElementById('found').textContent.startsWith('1 of')")
+        assert page.locator(".pair .said").first.evaluate("(one) => one.textContent") == shown
+        assert page.locator(".pair .said *").count() == 0
+    page.fill("#find", "endless")
+    page.wait_for_function("() => document.getElementById('found').textContent.startsWith('1 of')")
+    said = page.locator(".pair .said").first
+    assert said.bounding_box()["height"] < 100
+    page.get_by_role("button", name="all of it").first.click()
+    assert said.evaluate("(one) => one.textContent.length") == 10_000
+    assert said.bounding_box()["height"] <= 330
+    assert page.evaluate("() => document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_every_chart_is_drawn_and_has_its_numbers(page: Any) -> None:
+    charts = page.locator("figure.chart")
+    assert charts.count() >= 8
+    for figure in charts.all():
+        name = figure.get_attribute("id")
+        assert figure.locator("svg[role=img][aria-label]").count() == 1, name
+        figure.locator("summary").click()
+        figure.locator("tbody tr").first.wait_for()
+        assert figure.locator("thead th").count() >= 2, name
+        figure.locator("summary").click()
+
+
+def test_by_keyboard_alone(page: Any) -> None:
+    page.evaluate(
+        "() => { document.body.tabIndex = -1; document.body.focus(); document.body.removeAttribute('tabindex') }"
+    )
+    page.keyboard.press("Tab")
+    assert page.evaluate("() => document.activeElement.textContent") == "Skip to the report"
+    page.focus("#slide-web")
+    page.keyboard.press("ArrowRight")
+    page.wait_for_function("() => document.getElementById('at-web').value === '0.51'")
+    page.keyboard.press("End")
+    page.wait_for_function("() => document.getElementById('at-web').value === '1.00'")
+    unnamed = page.evaluate(
+        """() => [...document.querySelectorAll("button, input, select, summary, a")]
+          .filter((one) => !one.hidden)
+          .filter((one) => !(one.textContent.trim() || one.labels?.[0]?.textContent.trim() || one.ariaLabel))
+          .map((one) => one.outerHTML)"""
+    )
+    assert unnamed == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_on_a_phone_in_light_and_dark(browser: Any, report: tuple[Path, list[dict[str, Any]]], scheme: str) -> None:
+    watched = Watched(browser, report[0], viewport={"width": 375, "height": 740}, color_scheme=scheme)
+    assert watched.page.evaluate("() => document.documentElement.scrollWidth") == 375
+    contrasts = watched.page.evaluate(CONTRASTS)
+    assert min(contrasts.values()) >= 4.5, contrasts
+    watched.page.locator("#theme").click()
+    assert watched.page.locator("html").get_attribute("class") == {"light": "dark", "dark": "light"}[scheme]
+    contrasts = watched.page.evaluate(CONTRASTS)
+    assert min(contrasts.values()) >= 4.5, contrasts
+    assert watched.said == []
+    watched.context.close()
+
+
+CONTRASTS = """() => {
+  const canvas = document.createElement("canvas").getContext("2d", { willReadFrequently: true });
+  const luminance = (colour) => {
+    canvas.fillStyle = colour;
+    canvas.fillRect(0, 0, 1, 1);
+    const [r, g, b] = [...canvas.getImageData(0, 0, 1, 1).data].map((one) => {
+      const value = one / 255;
+      return value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4;
+    });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const found = {};
+  const pairs = { ".lede": "html", ".tile dt": ".tile", ".tile.kept strong": ".tile", ".tile.errors strong": ".tile",
+                  ".pair .place": ".pair", "thead th": ".card", ".top a": ".top" };
+  for (const [text, ground] of Object.entries(pairs)) {
+    const a = luminance(getComputedStyle(document.querySelector(text)).color);
+    const b = luminance(getComputedStyle(document.querySelector(ground)).backgroundColor);
+    found[text] = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  }
+  return found;
+}"""
