@@ -79,7 +79,7 @@ def make_plan(spec: CurateSpec, fingerprints: Fingerprints, committed: Mapping[s
         InputError: the inputs cannot be listed.
     """
     listed = list_inputs(spec.input, exclude=spec.output)
-    files = _keep_shards(listed, committed)
+    files = keep_shards(listed, committed)
     reasons = [(file, why_stale(file, fingerprints, committed.get(file.shard))) for file in files]
     names = {file.shard for file in files}
     return Plan(
@@ -98,7 +98,7 @@ def _rows_per_byte(known: Sequence[tuple[InputFile, ShardState]]) -> float | Non
     return sum(rows for _, rows in same) / size if size else None
 
 
-def _keep_shards(files: Sequence[InputFile], committed: Mapping[str, ShardState]) -> list[InputFile]:
+def keep_shards(files: Sequence[InputFile], committed: Mapping[str, ShardState]) -> list[InputFile]:
     """Give files that were moved the shards they had, which the names of others' paths would make new ones.
 
     A new file has moved if a shard was made from a file of its name and content that is no longer listed. Of several
