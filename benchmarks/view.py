@@ -1,12 +1,13 @@
 """`capfilt view` over a large dataset: how long its index takes, and then a page of each of some typical searches.
 
-    python benchmarks/view.py [--shards 500] [--rows 10000] [--file-rows 1000] [--repeats 5] [--json FILE] [--folder DIR]
+    python benchmarks/view.py [--shards 500] [--rows 10000] [--file-rows 1000] [--repeats 5] [--json FILE]
+                              [--folder DIRECTORY]
 
-`--shards` shards of `--rows` rows are put on record, in files of `--file-rows` rows as workers write them. Every row has
-a URL, a web text of 4 to 18 words and a synthetic text of 6 to 12, drawn by Zipf's law, and random scores; about one row
-in a million says "zanzibar". Searches go to the real server over HTTP, one at a time: a page is 25 rows, read from the
-tables' own files. Each is sent `--repeats` times, each time for something else, after one that is not counted. The count
-of a search, which the page shows when it is there, is measured beside.
+`--shards` shards of `--rows` rows are put on record, in files of `--file-rows` rows as workers write them. Every row
+has a URL, a web text of 4 to 18 words and a synthetic text of 6 to 12, drawn by Zipf's law, and random scores; about
+one row in a million says "zanzibar". Searches go to the real server over HTTP, one at a time: a page is 25 rows, read
+from the tables' own files. Each is sent `--repeats` times, each time for something else, after one that is not counted.
+The count of a search, which the page shows when it is there, is measured beside.
 """
 
 from __future__ import annotations

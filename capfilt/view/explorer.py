@@ -131,7 +131,7 @@ class Explorer:
         read = iter(self._read(hits))
         rows = []
         for hit in hits:
-            row = {"id": hit.id, "gone": hit.gone, **self._shown(hit.shard, next(read))}
+            row = {"id": hit.id, "change": hit.change, **self._shown(hit.shard, next(read))}
             rows.append(row | {"older": self._shown(hit.shard, next(read)) if hit.older else None})
         return {"rows": rows, "more": more}
 
@@ -143,7 +143,7 @@ class Explorer:
         """
         hit = self._hit(cursor, number)
         rows = self._read([hit])
-        sides = [(self._older if hit.gone else self._newer, rows[0])]
+        sides = [(self._older if hit.change == "gone" else self._newer, rows[0])]
         if hit.older and rows[1]["status"] == Status.KEPT and rows[1]["image_sha256"] == rows[0]["image_sha256"]:
             sides.append((self._older, rows[1]))  # of the same image the older version's pairs may hold the bytes
         try:
@@ -181,7 +181,7 @@ class Explorer:
             "row": row["row"],
             "source": text["source"],
             "captioner": text["captioner"],
-            "version": self.against if mark.older or hit.gone else self.version,
+            "version": self.against if mark.older or hit.change == "gone" else self.version,
             "drawn": mark.search.model_dump_json(exclude_defaults=True, exclude={"offset", "limit"}),
         }
         self.marks.mark(sha256, text["text"], mark.true, about)
@@ -214,7 +214,10 @@ class Explorer:
             verdict = self.marks.verdict(row["image_sha256"], words)
             own = {"text": words[:_LONGEST], "length": len(words), "scores": scores, "marked": verdict}
             texts.append({**text, **own, "itm": _number(text["itm"]), "itc": _number(text["itc"])})
-        provenance = {name: str(row[name]) for name in ("image_sha256", "source_sha256", "seed", *PROVENANCE)}
+        names = ("image_sha256", "source_sha256", "seed", *PROVENANCE)
+        provenance = {
+            name: None if row[name] is None else str(row[name]) for name in names
+        }  # a seed is too large for JS
         about = {name: _short(row[name]) for name in _ABOUT}
         markable = row["image_sha256"] is not None
         return {"shard": shard, **about, "markable": markable, "texts": texts, "provenance": provenance}

@@ -81,7 +81,8 @@ class Hit:
     Attributes:
         id: the index's.
         url: of the data file; `place` is the row's position in it.
-        gone: whether the newer version does not have the row; then it is the older one's.
+        older: where the older version of it is; of `changed` rows.
+        change: between the two versions; None where there is none, or one version. A row that is gone is the older's.
     """
 
     id: int
@@ -89,7 +90,7 @@ class Hit:
     url: str
     place: int
     older: tuple[str, int] | None = None
-    gone: bool = False
+    change: Literal["changed", "gained", "gone"] | None = None
 
 
 class Searcher:
@@ -140,16 +141,19 @@ class Searcher:
     def hits(self, ids: Sequence[int]) -> dict[int, Hit]:
         """The rows of these ids that the index has, by id."""
         query = """
-            SELECT w.id, f.shard, f.url, o.url, c.older, coalesce(c.newer IS NULL AND c.older IS NOT NULL, false)
+            SELECT
+                w.id, f.shard, f.url, o.url, c.older,
+                CASE WHEN c.id IS NULL THEN NULL WHEN c.newer IS NULL THEN 'gone' WHEN c.older IS NULL THEN 'gained'
+                ELSE 'changed' END
             FROM (SELECT unnest($ids::BIGINT[]) AS id) AS w
             JOIN files AS f ON f.number = w.id >> 32
             LEFT JOIN (FROM changes WHERE id IN (SELECT unnest($ids::BIGINT[]))) AS c ON c.id = w.id
             LEFT JOIN files AS o ON o.number = c.older >> 32
         """
         hits = {}
-        for number, shard, url, older_url, older, gone in self._cursor.execute(query, {"ids": list(ids)}).fetchall():
-            other = None if older is None or gone else (older_url, older & 0xFFFFFFFF)
-            hits[number] = Hit(number, shard, url, number & 0xFFFFFFFF, other, gone)
+        for number, shard, url, older_url, older, change in self._cursor.execute(query, {"ids": list(ids)}).fetchall():
+            other = (older_url, older & 0xFFFFFFFF) if change == "changed" else None
+            hits[number] = Hit(number, shard, url, number & 0xFFFFFFFF, other, change)
         return hits
 
     def _source(self, search: Search, marked: Sequence[tuple[str, int]]) -> tuple[str, dict[str, Any]]:
