@@ -5,9 +5,11 @@
 
 `--shards` shards of `--rows` rows are put on record, in files of `--file-rows` rows as workers write them. Every row
 has a URL, a web text of 4 to 18 words and a synthetic text of 6 to 12, drawn by Zipf's law, and random scores; about
-one row in a million says "zanzibar". Searches go to the real server over HTTP, one at a time: a page is 25 rows, read
-from the tables' own files. Each is sent `--repeats` times, each time for something else, after one that is not counted.
-The count of a search, which the page shows when it is there, is measured beside.
+one row in a million says "zanzibar". The first 100 shards are drawn, the others are copies of them.
+
+Searches go to the real server over HTTP, one at a time: a page is 25 rows, read from the tables' own files. Each is sent
+`--repeats` times, each time for something else, after one that is not counted. The count of a search, which the page
+shows when it is there, is measured beside.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import time
 import urllib.parse
 import urllib.request
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,9 @@ from capfilt.view.explorer import Explorer
 from capfilt.view.server import Server
 
 RARE = "zanzibar"
+DRAWN = 100
+"""Shards that are drawn; those after them are copies of these, which no search profits from."""
+
 SYLLABLES = [a + b for a in "bcdfghklmnprstvw" for b in ("a", "e", "i", "o", "u", "an", "er", "ing")]
 
 
@@ -108,10 +114,28 @@ def make_file(rng: np.random.Generator, words: pa.Array, start: int, rows: int, 
 def make_dataset(output: Path, shards: int, rows: int, file_rows: int, words: list[str]) -> None:
     """Put shards on record; the pairs are there by name only, for no image is asked for."""
     rng, vocabulary = np.random.default_rng(1), pa.array(words)
-    dataset = CuratedDataset.for_writing(str(output), {})
-    for start in range(0, shards, 50):
-        names = [f"web-{number:016x}" for number in range(start, min(start + 50, shards))]
-        dataset.commit([make_shard(output, name, rows, file_rows, rng, vocabulary) for name in names])
+    dataset, drawn = CuratedDataset.for_writing(str(output), {}), list[ShardCommit]()
+    for number in range(shards):
+        name = f"web-{number:016x}"
+        if number < DRAWN:
+            drawn.append(make_shard(output, name, rows, file_rows, rng, vocabulary))
+        else:
+            drawn.append(copy_shard(output, name, drawn[number % DRAWN]))
+    dataset.commit(drawn)
+
+
+def copy_shard(output: Path, name: str, shard: ShardCommit) -> ShardCommit:
+    """Another shard of the same rows, in files of its own."""
+
+    def moved(file: DataFile) -> DataFile:
+        return replace(file, path=file.path.replace(shard.shard, name))
+
+    for file in shard.annotations:
+        target = output / ANNOTATIONS / moved(file).path
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(output / ANNOTATIONS / file.path, target)
+    annotations, pairs = (tuple(map(moved, files)) for files in (shard.annotations, shard.pairs))
+    return replace(shard, shard=name, annotations=annotations, pairs=pairs)
 
 
 def make_shard(

@@ -29,6 +29,7 @@ _FORMAT = f"capfilt view 1, DuckDB {duckdb.__version__}"  # whose hash of an out
 
 _FILES_AT_ONCE = 256
 _MEMORY = "1GiB"
+_REMOTE_THREADS = 16  # which wait for a store
 
 _TABLES = f"""
     CREATE TABLE about AS SELECT '{_FORMAT}' AS format;
@@ -163,6 +164,8 @@ class Index:
         try:
             with self.cursor() as cursor:
                 self._building = cursor
+                if self._remote:
+                    cursor.execute(f"SET threads = {_REMOTE_THREADS}")
                 while self._missing and not self._stopped.is_set():
                     add = partial(self._add, cursor, self._missing[:_FILES_AT_ONCE])
                     persist(add, PAUSES if self._remote else ())
@@ -173,6 +176,7 @@ class Index:
                     cursor.execute(_COMPARE)
                     self._compared = True
                 cursor.execute("CHECKPOINT")
+                cursor.execute("RESET threads")
                 cursor.execute("SET enable_external_access = false")  # nothing but the index is read from now on
         except Exception as error:  # noqa: BLE001  told to whoever looks
             if not self._stopped.is_set():
