@@ -7,9 +7,9 @@
 has a URL, a web text of 4 to 18 words and a synthetic text of 6 to 12, drawn by Zipf's law, and random scores; about
 one row in a million says "zanzibar". The first 100 shards are drawn, the others are copies of them.
 
-Searches go to the real server over HTTP, one at a time: a page is 25 rows, read from the tables' own files. Each is sent
-`--repeats` times, each time for something else, after one that is not counted. The count of a search, which the page
-shows when it is there, is measured beside.
+Searches go to the real server over HTTP, one at a time: a page is 25 rows, read from the tables' own files. Each is
+sent `--repeats` times, each time for something else, after one that is not counted. The count of a search, which the
+page shows when it is there, is measured beside.
 """
 
 from __future__ import annotations
