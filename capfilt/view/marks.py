@@ -132,7 +132,8 @@ class Marks:
         if seen == self._seen:
             return
         read_labels(Input(paths=(self.path,)))
-        table = pq.read_table(self.path, partitioning=None)
+        with pq.ParquetFile(self.path) as file:  # read_table opens it twice, and another may come between
+            table = file.read()
         if others := sorted(set(table.schema.names) - set(MARKS_SCHEMA.names)):
             raise InputError(
                 f"{self.path}: has columns that marks have not, {', '.join(others)}, and would lose them; give --marks "
