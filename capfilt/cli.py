@@ -14,7 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -404,6 +404,37 @@ def vacuum(
     with Lease(place, options, "vacuum", say=lambda line: say(f"capfilt: {line}", err)):
         removed = CuratedDataset.for_writing(place, options).vacuum(retain_hours=hours)
     say(f"{removed:,} files removed")
+
+
+@app.command()
+def view(
+    output: Output,
+    version: Annotated[int | None, typer.Option(help="Of the annotations; the newest if not given.", min=0)] = None,
+    against: Annotated[int | None, typer.Option(help="Another version, to show what changed.", min=0)] = None,
+    port: Annotated[int, typer.Option(help="On this machine's loopback address; 0 is any.", min=0, max=65535)] = 0,
+    marks: Annotated[
+        Path | None, typer.Option(help="Parquet file for marks; NAME-marks.parquet here if not given.")
+    ] = None,
+    index: Annotated[Path | None, typer.Option(help="Search index; in the user's cache if not given.")] = None,
+) -> None:
+    """Serve a page to look through a curated dataset, compare two versions, and mark texts right or wrong.
+
+    For this machine's users who have the address it prints; Ctrl-C ends it. Marks are labels for `kind: evaluate`.
+    """
+    try:
+        from capfilt.view.explorer import Explorer
+        from capfilt.view.server import Server
+    except ModuleNotFoundError as error:
+        raise CapfiltError(f"view needs {error.name}: pip install 'capfilt[view]'") from None
+
+    place, options = _place(output)
+    file = str(marks or f"{Path(place.rstrip('/')).name}-marks.parquet")
+    with closing(Explorer(place, options, version, against, file, str(index) if index else None)) as explorer:
+        server = Server(explorer, port)
+        explorer.index.build()
+        say(f"open {server.url}")
+        with suppress(KeyboardInterrupt):
+            server.run()
 
 
 @app.command()

@@ -303,6 +303,12 @@ class CuratedDataset:
         names = sorted(self._names("_runs") - _RESERVED, reverse=True)
         return read_records(self.output, self._options, fs, root, names[:last])
 
+    def record(self, run: str) -> RunRecord:
+        """What one run left on record; one without details if nothing."""
+        fs, root = self._filesystem()
+        (found,) = read_records(self.output, self._options, fs, root, [run])
+        return found
+
     def closed_runs(self) -> set[str]:
         """Runs whose uncommitted files no one may commit any more: vacuum may have deleted them."""
         return self._names(f"_runs/{_CLOSED}")
@@ -484,8 +490,11 @@ class CuratedDataset:
         Raises:
             DatasetError: there is no such version.
         """
-        delta = self._tables[PAIRS] if version is None else self._at(PAIRS, version)
-        return delta.version(), sorted(delta.file_uris())
+        return self._files_of(PAIRS, version)
+
+    def annotation_files(self, version: int | None = None) -> tuple[int, list[str]]:
+        """A version of the annotations, as :meth:`pair_files`."""
+        return self._files_of(ANNOTATIONS, version)
 
     def quarantine(self, version: int | None = None) -> Any:
         """The quarantine, as :meth:`annotations`."""
@@ -501,6 +510,10 @@ class CuratedDataset:
         return dict(total.most_common())
 
     # --- one table ---
+
+    def _files_of(self, table: str, version: int | None) -> tuple[int, list[str]]:
+        delta = self._tables[table] if version is None else self._at(table, version)
+        return delta.version(), sorted(delta.file_uris())
 
     def _uri(self, table: str) -> str:
         return f"{self.output}/{DIRECTORIES[table]}"

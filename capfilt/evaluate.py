@@ -309,7 +309,7 @@ def calibrate(
         best = int(np.argmax(2 * hits / (hits + alarms + len(good))))
     elif alarms[-1] / len(bad) > limit:
         raise ValueError(
-            f"max_false_positive_rate: {alarms[-1]} of {len(bad)} shuffled pairs have the highest score of all, "
+            f"max_false_positive_rate: {alarms[-1]} of {len(bad)} untrue pairs have the highest score of all, "
             f"so no threshold keeps at most {limit} of them; allow more, or train the filter longer"
         )
     else:

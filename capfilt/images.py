@@ -80,7 +80,7 @@ def decode(data: bytes, limits: Images, scratch: npt.NDArray[np.uint8] | None = 
         raise ImageError(Reason.EMPTY_IMAGE, "zero bytes")
     if len(data) > limits.max_bytes:
         raise ImageError(Reason.TOO_MANY_BYTES, f"{len(data)} bytes, above images.max_bytes ({limits.max_bytes})")
-    format_ = _format(data)
+    format_ = image_format(data)
     _here.max_pixels = limits.max_pixels
     try:
         return Picture(_decode(data, format_, scratch), format_)
@@ -122,7 +122,7 @@ _FOREIGN = {
 _TIFF_TYPE_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4}
 
 
-def _format(data: bytes) -> str:
+def image_format(data: bytes) -> str:
     """The format by its first bytes; only these are ever handed to a decoder.
 
     Raises:

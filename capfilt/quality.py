@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import InputError
-from capfilt.evaluate import average_precision, noise_rate, roc_auc
+from capfilt.evaluate import AtThreshold, average_precision, calibrate, noise_rate, roc_auc
 from capfilt.schema import Reason, Source
 from capfilt.spec import Quality
 from capfilt.text import clean
@@ -41,6 +41,9 @@ class SourceQuality:
         recall: kept, of the true that were kept or dropped by the threshold.
         false_positive_rate: kept, of the untrue that were kept or dropped by the threshold.
         not_decided: scored texts that these three leave out: dropped as another's duplicate, or as not the best.
+        calibrated: the threshold that would have told the true from the untrue best (capfilt.evaluate.calibrate), by
+            the mean ITM scores of the scored.
+        problem: why there is none, if not for want of texts of both kinds.
     """
 
     texts: int
@@ -56,6 +59,8 @@ class SourceQuality:
     recall: float | None
     false_positive_rate: float | None
     not_decided: int
+    calibrated: AtThreshold | None = None
+    problem: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +102,11 @@ class _Texts:
         return ~np.isnan(self.score_N)
 
 
-def measure_quality(quality: Quality) -> DatasetQuality:
+def measure_quality(quality: Quality, max_false_positive_rate: float | None = None) -> DatasetQuality:
     """Compare what the filters kept with what is true. Reads two columns of the annotations.
+
+    Args:
+        max_false_positive_rate: of the calibrated thresholds; the best F1 if None.
 
     Raises:
         DatasetError: there is no dataset.
@@ -123,7 +131,11 @@ def measure_quality(quality: Quality) -> DatasetQuality:
     return DatasetQuality(
         dataset.output,
         dataset.versions()["annotations"],
-        {source: _of_source(counts[source], own) for source, own in texts.items() if counts[source]},
+        {
+            source: _of_source(counts[source], own, max_false_positive_rate)
+            for source, own in texts.items()
+            if counts[source]
+        },
         len(kept),
         _number(noise_rate(scored)),
         _number(noise_rate(kept)),
@@ -155,9 +167,16 @@ def _as_arrays(rows: list[tuple[float, bool, bool, bool]]) -> _Texts:
     )
 
 
-def _of_source(texts: int, own: _Texts) -> SourceQuality:
+def _of_source(texts: int, own: _Texts, max_false_positive_rate: float | None) -> SourceQuality:
     scored_N, kept_N, true_N = own.scored_N, own.kept_N, own.true_N
     both = true_N[scored_N].any() and not true_N[scored_N].all()
+    calibrated, problem = None, None
+    if both:
+        true_scores, untrue_scores = own.score_N[scored_N & true_N], own.score_N[scored_N & ~true_N]
+        try:
+            calibrated = calibrate(true_scores, untrue_scores, max_false_positive_rate=max_false_positive_rate)
+        except ValueError as error:  # no threshold stays within the limit
+            problem = str(error)
     return SourceQuality(
         texts=texts,
         judged=len(true_N),
@@ -172,6 +191,8 @@ def _of_source(texts: int, own: _Texts) -> SourceQuality:
         recall=_fraction(kept_N[own.decided_N & true_N]),
         false_positive_rate=_fraction(kept_N[own.decided_N & ~true_N]),
         not_decided=int((scored_N & ~own.decided_N).sum()),
+        calibrated=calibrated,
+        problem=problem,
     )
 
 

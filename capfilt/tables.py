@@ -11,6 +11,7 @@ from capfilt.terminal import shown
 
 Record = Mapping[str, Any]
 
+_OF_THRESHOLD = ("precision", "recall", "false_positive_rate")
 _OF_FILTER = ("roc_auc", "average_precision", "precision", "recall", "false_positive_rate")
 
 
@@ -99,6 +100,14 @@ def _quality(found: Record) -> Table:
         table.add_row(_words(name), *(_percent(own[name]) for own in (*sources.values(), found)))
     for name in _OF_FILTER:
         table.add_row(_words(name), *(_percent(own[name]) for own in sources.values()))
+    best = [own.get("calibrated") or {} for own in sources.values()]
+    if any(best):
+        table.add_row("best threshold", *(f"{own['threshold']:.4f}" if own else "-" for own in best))
+        for name in _OF_THRESHOLD:
+            table.add_row(f"  its {_words(name)}", *(_percent(own.get(name)) for own in best))
+    for source, own in sources.items():
+        if own.get("problem"):
+            table.add_row(f"no best threshold, {source}", shown(own["problem"]))
     return table
 
 

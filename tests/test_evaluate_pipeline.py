@@ -439,7 +439,7 @@ def test_a_limit_that_cannot_be_met_is_reported(
     report = measure(captioner=None, retrieval=None, filter=card, max_false_positive_rate=0.1)
     assert report.calibration is not None
     assert report.calibration.problem is not None
-    assert "32 of 32 shuffled pairs have the highest score of all" in report.calibration.problem
+    assert "32 of 32 untrue pairs have the highest score of all" in report.calibration.problem
     assert report.calibration.threshold is None
     assert report.calibration.roc_auc == 0.5
 

@@ -121,7 +121,7 @@ def evaluate(spec: EvaluateSpec, console: Console | None = None) -> Report:
     quality = []
     for asked in spec.quality:
         with parts.part("quality", asked.dataset):
-            quality.append(measure_quality(asked))
+            quality.append(measure_quality(asked, spec.max_false_positive_rate))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = _of_pairs(spec, device, parts) if spec.pairs is not None else {}
     report = Report(

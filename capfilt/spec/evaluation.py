@@ -74,7 +74,7 @@ class EvaluationSettings(Model):
         default=True, description="Find the filter's threshold that tells the test pairs from shuffled ones."
     )
     max_false_positive_rate: float | None = Field(
-        default=None, ge=0, le=1, description="Of the calibrated threshold; the best F1 if not given."
+        default=None, ge=0, le=1, description="Of the calibrated thresholds; the best F1 if not given."
     )
 
 
