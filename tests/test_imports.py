@@ -19,6 +19,7 @@ LAYERS = [
     {
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "pace", "toyweb", "examples"),
         *("stores", "truth", "testset", "quality", "tables", "demo", "holder", "lease", "records", "submit"),
+        *("opener", "lists", "ingest"),
     },
     {"models"},
     {"pipelines"},
@@ -72,6 +73,7 @@ HEAVY = "import sys; sys.exit(', '.join(m for m in ('torch', 'ray', 'transformer
         "import capfilt.dataset, capfilt.plan, capfilt.receipts, capfilt.fragments, capfilt.images, capfilt.toyweb",
         "import capfilt.examples, capfilt.evaluate, capfilt.weights",
         "import capfilt.lease, capfilt.records, capfilt.logs, capfilt.printing",
+        "import capfilt.pipelines.ingest",
         "import capfilt.truth, capfilt.testset, capfilt.quality, capfilt.tables",
         "import capfilt.pace, capfilt.pipelines.curate, capfilt.pipelines.redecide",
         "from typer.testing import CliRunner as R; from capfilt.cli import app; R().invoke(app, ['--help']).stdout[99]",

@@ -26,6 +26,7 @@ from capfilt.spec.fields import (
     Ray,
     output_location,
 )
+from capfilt.spec.ingestion import Download, IngestSpec, Resize, UrlList
 from capfilt.spec.reading import RunSpec, load_card, load_curate_spec, load_spec
 from capfilt.spec.training import (
     ARCHITECTURES,
@@ -63,6 +64,7 @@ __all__ = [
     "CurateSettings",
     "CurateSpec",
     "Decision",
+    "Download",
     "EvaluateSpec",
     "EvaluationSettings",
     "FilterCard",
@@ -71,6 +73,7 @@ __all__ = [
     "FinetuneFilterSpec",
     "HubCheckpoint",
     "Images",
+    "IngestSpec",
     "Initial",
     "Input",
     "Keep",
@@ -83,6 +86,7 @@ __all__ = [
     "PretrainSpec",
     "Quality",
     "Ray",
+    "Resize",
     "Retrieval",
     "RunSpec",
     "Sampling",
@@ -92,6 +96,7 @@ __all__ = [
     "TrainSpec",
     "TrainingSettings",
     "Truth",
+    "UrlList",
     "VisionTower",
     "Workers",
     "load_card",
