@@ -318,9 +318,7 @@ class Store:
             return
         now = json.loads(json.dumps(settings))
         differ = [
-            f"{name} was {before.get(name)!r} and is {now.get(name)!r}"
-            for name in sorted({*before, *now})
-            if before.get(name) != now.get(name)
+            f"{name} was {was!r} and is {now.get(name)!r}" for name, was in before.items() if was != now.get(name)
         ]
         if differ:
             raise SpecError(
