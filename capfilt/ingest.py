@@ -26,9 +26,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from capfilt.errors import DatasetError, SpecError
+from capfilt.errors import DatasetError, InputError, SpecError
 from capfilt.inputs import Opened, is_local
-from capfilt.lists import ListFile, columns_of, find_lists, read_list
+from capfilt.lists import Columns, ListFile, columns_of, find_lists, read_list
 from capfilt.spec import IngestSpec
 from capfilt.stores import blamed, connect, persist
 
@@ -172,16 +172,17 @@ def cut_lists(spec: IngestSpec, files: Sequence[ListFile], known: Iterable[Shard
             yield Shard(replace(shard.name, copy=copy), shard.table) if copy else shard
 
 
-def look_at_lists(spec: IngestSpec) -> list[ListFile]:
-    """The files of a spec's lists, once the columns of each are found good.
+def look_at_lists(spec: IngestSpec) -> dict[ListFile, Columns]:
+    """The files of a spec's lists and their columns; what lies in the output is no list, though it has URLs.
 
     Raises:
-        InputError: see capfilt.lists.
+        InputError: a list cannot be used; see capfilt.lists.
     """
-    files = find_lists(spec.urls)
-    for file in files:
-        columns_of(file, spec.urls)
-    return files
+    files = [file for file in find_lists(spec.urls) if not file.path.startswith(spec.output.rstrip("/") + "/")]
+    if not files:
+        raise InputError(f"every file of urls.paths lies in the output, {spec.output}; name others")
+    with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
+        return dict(zip(files, pool.map(lambda file: columns_of(file, spec.urls), files), strict=True))
 
 
 # --- accounts ---
@@ -397,7 +398,7 @@ def make_plan(spec: IngestSpec) -> Plan:
         InputError: a list cannot be used.
         SpecError: the output was made with other settings.
     """
-    files = look_at_lists(spec)
+    files = list(look_at_lists(spec))
     store = Store(spec.output, spec.output_options)
     store.check_settings(spec.settings)
     there = store.shards()
@@ -422,9 +423,12 @@ def describe(spec: IngestSpec) -> Iterator[str]:
     Raises:
         InputError, SpecError: as :func:`make_plan`.
     """
-    for file in look_at_lists(spec):
-        columns = columns_of(file, spec.urls)
-        yield f"{file.path}: {file.format}, url={columns.url} caption={columns.caption}"
+    kinds: dict[tuple[str, Columns], list[str]] = {}
+    for file, columns in look_at_lists(spec).items():
+        kinds.setdefault((file.format, columns), []).append(file.path)
+    for (format_, columns), paths in kinds.items():
+        found = f"url={columns.url} caption={columns.caption}"
+        yield f"lists: {len(paths):,} of {format_}, {found}; the first is {paths[0]}"
     Store(spec.output, spec.output_options).check_settings(spec.settings)
     if spec.download.allow_private:
         yield "download.allow_private: the lists may have this machine's and its network's own addresses asked"

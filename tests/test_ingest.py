@@ -28,7 +28,7 @@ from rich.console import Console
 from stubs import load_hash
 from webserver import Page, WebServer
 
-from capfilt.errors import ErrorBudgetError, InputError, LeaseHeldError, SpecError, StoreError
+from capfilt.errors import CapfiltError, ErrorBudgetError, InputError, LeaseHeldError, SpecError, StoreError
 from capfilt.ingest import Account, ShardName, Store, cut, kind_of_error, make_plan, name_rows
 from capfilt.lease import Lease
 from capfilt.pipelines.curate import curate, in_process
@@ -321,6 +321,29 @@ def test_a_run_that_holds_the_output_is_left_alone(tmp_path: Path) -> None:
     assert stored(spec.output) == []
 
 
+def test_what_lies_in_the_output_is_no_list(tmp_path: Path) -> None:
+    """Shards have URLs, too."""
+    spec = make(tmp_path, urls={"paths": [str(tmp_path)]})
+    write_list(tmp_path / "0.parquet", urls_of(1, 2))
+    for _ in range(2):
+        assert run(spec).rows == 2
+    (tmp_path / "0.parquet").unlink()
+    with pytest.raises(InputError, match=r"every file of urls\.paths lies in the output"):
+        run(spec)
+
+
+def test_processes_that_die_whatever_they_do_end_the_run(tmp_path: Path) -> None:
+    write_list(tmp_path / "lists" / "0.parquet", urls_of(*range(1000)))
+
+    def execute(_: IngestSpec, next_task: NextTask) -> Iterator[tuple[Task, Outcome]]:
+        while (task := next_task()) is not None:
+            yield task, Died
+
+    with pytest.raises(CapfiltError, match="200 processes died one after the other, and none finished a shard"):
+        run(make(tmp_path), execute)
+    assert stored(str(tmp_path / "out")) == []
+
+
 def test_a_mistyped_list_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no URL list there"):
         run(make(tmp_path))
@@ -571,7 +594,7 @@ def test_a_user_goes_through_every_command(tmp_path: Path, pictures: WebServer) 
     path = spec_file(tmp_path, urls={"paths": [str(tmp_path / "list.csv")]}, download=HERE, shard_rows=20)
     checked = capfilt("check", path)
     assert checked.returncode == 0, checked.stderr
-    assert "list.csv: csv, url=URL caption=TEXT" in checked.stdout
+    assert f"lists: 1 of csv, url=URL caption=TEXT; the first is {tmp_path}/list.csv" in checked.stdout
     assert "allow_private" in checked.stdout
     planned = capfilt("plan", path)
     assert planned.returncode == 0, planned.stderr

@@ -119,7 +119,7 @@ def _attempt(store: Store) -> Iterator[str]:
 
 
 @cache
-def _library() -> tuple[Any, Any]:
+def library() -> tuple[Any, Any]:
     """img2dataset's Downloader and Resizer.
 
     Raises:
@@ -142,7 +142,7 @@ def _library() -> tuple[Any, Any]:
 
 
 def _download(spec: IngestSpec, shard: Shard, folder: str, path: str) -> Writer:
-    make_downloader, make_resizer = _library()
+    make_downloader, make_resizer = library()
     download, resize = spec.download, spec.resize
     writers: list[Writer] = []
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from capfilt.errors import DatasetError, ErrorBudgetError
+from capfilt.errors import CapfiltError, DatasetError, ErrorBudgetError
 from capfilt.ingest import SUCCESS, Account, Shard, ShardName, Store, cut_lists, look_at_lists, settled
 from capfilt.lease import Lease
 from capfilt.lists import ListFile
@@ -30,6 +30,9 @@ from capfilt.terminal import say
 
 DEATHS = 2
 """Of processes, after which a shard is halved, until the row that kills them stands alone."""
+
+MOST_DEATHS = 200
+"""In a row, with no shard fetched between them: these are no row's fault."""
 
 SAY_SECONDS = 10.0
 
@@ -97,7 +100,7 @@ def ingest(spec: IngestSpec, *, execute: Executor | None = None, console: Consol
     tell = partial(_tell, console)
     lease = Lease(spec.output, spec.output_options, run, spec.lease_seconds, tell, interrupt)
     lease.look()
-    files = look_at_lists(spec)  # before anything is made: a mistyped path leaves nothing behind
+    files = list(look_at_lists(spec))  # before anything is made: a mistyped path leaves nothing behind
     store = Store(spec.output, spec.output_options)
     store.check_settings(spec.settings)
     summary = IngestSummary(run, spec.output, len(files))
@@ -144,6 +147,7 @@ class _Driver:
         self.there = store.shards()
         self.wanted: set[ShardName] = set()
         self.again: deque[Task] = deque()
+        self._deaths = 0
         self._shards: Iterator[Shard] = cut_lists(spec, files, self.there)
         self._begin = self._last_line = time.monotonic()
 
@@ -175,6 +179,7 @@ class _Driver:
         if outcome is None:
             self._died(task)
             return
+        self._deaths = 0
         summary = self.summary
         summary.account += outcome.account
         summary.fetched += outcome.account
@@ -188,6 +193,12 @@ class _Driver:
     def _died(self, task: Task) -> None:
         name, deaths = task.shard.name, task.deaths + 1
         event("process_died", logging.WARNING, run=self.summary.run, shard=str(name), deaths=deaths)
+        self._deaths += 1
+        if self._deaths == MOST_DEATHS:
+            raise CapfiltError(
+                f"{MOST_DEATHS} processes died one after the other, and none finished a shard: is there memory for so "
+                "many, with so many threads (processes, download.thread_count)?"
+            )
         if deaths < DEATHS:
             self.again.append(replace(task, deaths=deaths))
         elif task.fatal:

@@ -15,7 +15,7 @@ from multiprocessing import connection, get_context, parent_process
 from typing import Any
 
 from capfilt.errors import CapfiltError
-from capfilt.pipelines.fetch import Fetched, Task, attempt
+from capfilt.pipelines.fetch import Fetched, Task, attempt, library
 from capfilt.pipelines.job import Failure
 from capfilt.spec import IngestSpec
 
@@ -28,6 +28,8 @@ NextTask = Callable[[], Task | None]
 """The next task; None where there is none just now. Asked again whenever a task has ended."""
 
 Executor = Callable[[IngestSpec, NextTask], Generator[tuple[Task, Outcome], None, None]]
+
+_READY = "ready"
 
 _SHARDS_A_PROCESS = 50
 """After which a new one takes its place: decoders leak."""
@@ -46,8 +48,8 @@ def in_processes(spec: IngestSpec, next_task: NextTask) -> Generator[tuple[Task,
                 return
             ready = connection.wait([waited for slot in busy for waited in slot.waited])
             for slot in busy:
-                if any(waited in ready for waited in slot.waited):
-                    yield slot.take()
+                if any(waited in ready for waited in slot.waited) and (ended := slot.take()) is not None:
+                    yield ended
     finally:
         for slot in slots:
             slot.end()
@@ -61,6 +63,7 @@ class _Slot:
         self._process: Any = None
         self._pipe: Any = None
         self._given = 0
+        self._ready = False
         self.task: Task | None = None
 
     @property
@@ -75,19 +78,38 @@ class _Slot:
             self._begin()
         self.task = task
         self._given += 1
-        with contextlib.suppress(OSError):  # it died idle: its sentinel says so
-            self._pipe.send(task)
+        if self._ready:
+            self._send()
 
-    def take(self) -> tuple[Task, Outcome]:
+    def _send(self) -> None:
+        with contextlib.suppress(OSError):  # it died idle: its sentinel says so
+            self._pipe.send(self.task)
+
+    def take(self) -> tuple[Task, Outcome] | None:
+        """What became of its task; None where the process has but begun.
+
+        Raises:
+            CapfiltError: it ended before it could begin, which is no row's fault.
+        """
+        try:
+            said = self._pipe.recv() if self._pipe.poll() else Died
+        except (EOFError, OSError):
+            said = Died
+        if said == _READY:
+            self._ready = True
+            self._send()  # not before: a pipe takes little while nobody reads, and others are to be begun
+            return None
+        if said is Died and not self._ready:
+            self._process.join()
+            raise CapfiltError(
+                f"a process that was to fetch ended before it began, with exit code {self._process.exitcode}: is there "
+                "memory for so many (processes)? Does `python -c 'import img2dataset'` work?"
+            )
         task, self.task = self.task, None
         assert task is not None
-        try:
-            outcome: Outcome = self._pipe.recv() if self._pipe.poll() else Died
-        except (EOFError, OSError):
-            outcome = Died
-        if outcome is Died:
+        if said is Died:
             self.end()
-        return task, outcome
+        return task, said
 
     def _begin(self) -> None:
         context = get_context("spawn")  # img2dataset has threads, which do not survive a fork
@@ -95,13 +117,14 @@ class _Slot:
         self._process = context.Process(target=_serve, args=(theirs, self._spec), daemon=True)
         self._process.start()
         theirs.close()
-        self._given = 0
+        self._given, self._ready = 0, False
 
     def end(self) -> None:
         """Kill it: what it was at is left undone."""
         if self._process is not None:
             self._process.kill()
             self._process.join()
+            self._process.close()
             self._pipe.close()
         self._process = self._pipe = self.task = None
 
@@ -110,6 +133,12 @@ def _serve(pipe: Any, spec: IngestSpec) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to all; the driver decides
     threading.Thread(target=_end_with_parent, name="end with parent", daemon=True).start()
     os.dup2(2, 1)  # img2dataset prints
+    try:
+        library()
+    except CapfiltError as error:
+        pipe.send(Failure(error))
+        return
+    pipe.send(_READY)
     while True:
         try:
             task = pipe.recv()
