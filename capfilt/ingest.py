@@ -71,7 +71,7 @@ class ShardName:
     def parse(cls, file: str) -> ShardName | None:
         """The shard of a file's name; None of a file that is none of ours."""
         said = _NAME.fullmatch(file)
-        return said and cls(int(said[1]), said[2], said[3], int(said[4] or 0))
+        return cls(int(said[1]), said[2], said[3], int(said[4] or 0)) if said else None
 
 
 @dataclass(frozen=True)

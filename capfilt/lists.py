@@ -6,7 +6,7 @@ import glob
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -106,10 +106,10 @@ class Columns:
 
 
 def read_list(file: ListFile, source: UrlList, hash_kind: str | None) -> Iterator[pa.Table]:
-    """The rows of a list in order, in tables of the columns that img2dataset wants: those saved, `caption` if there is
-    one, the hash to verify under its kind's name, and `url`.
+    """The rows of a list in order, in tables of the columns that img2dataset wants: those saved, `caption`, the hash
+    to verify under its kind's name, and `url`.
 
-    Every row comes, null URLs too: what cannot be fetched is a failure on record.
+    Every row comes, null URLs too: what cannot be fetched is a failure on record. A list without captions has nulls.
 
     Args:
         hash_kind: of urls.verify_hash_col.
@@ -145,7 +145,7 @@ def _blamed(file: ListFile) -> Iterator[None]:
         raise InputError(f"{file.path}: not readable as {file.format}: {one_line(error)}") from error
 
 
-Tables = Iterator[tuple[Columns, pa.Table]]
+Tables = Generator[tuple[Columns, pa.Table], None, None]
 """Of a file's own column names; the first comes at once, if need be without rows."""
 
 
@@ -171,8 +171,8 @@ def _recognised(file: ListFile, source: UrlList, names: Sequence[str]) -> Column
 
 def _named(table: pa.Table, columns: Columns, hash_kind: str | None) -> pa.Table:
     arrays = {name: table[name] for name in columns.saved}
-    if columns.caption is not None:
-        arrays["caption"] = table[columns.caption].cast(pa.string())
+    text = table[columns.caption] if columns.caption is not None else pa.nulls(table.num_rows)
+    arrays["caption"] = text.cast(pa.string())
     if columns.verify is not None and hash_kind is not None:
         arrays[hash_kind] = table[columns.verify].cast(pa.string())
     arrays["url"] = table[columns.url].cast(pa.string())

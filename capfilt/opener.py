@@ -263,8 +263,8 @@ class _Web(urllib.request.AbstractHTTPHandler):
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """urllib's, within the allowance of the URL that began it; to http and https alone, at most ten, in no circle."""
 
-    def redirect_request(self, req: Any, *args: Any) -> urllib.request.Request | None:
-        new = super().redirect_request(req, *args)
+    def redirect_request(self, req: Any, *args: Any, **options: Any) -> urllib.request.Request | None:
+        new = super().redirect_request(req, *args, **options)
         if new is not None:
             vars(new)["allowance"] = req.allowance
         return new

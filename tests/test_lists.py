@@ -58,7 +58,9 @@ def test_parquet_keeps_its_types(tmp_path: Path) -> None:
     pq.write_table(table, tmp_path / "l.parquet")
     source = UrlList(paths=(str(tmp_path),), save_additional_columns=("tags", "score"))
     (read,) = read_list(find_lists(source)[0], source, None)
-    assert read.schema == pa.schema([kinds.field("tags"), kinds.field("score"), pa.field("url", pa.string())])
+    texts = [pa.field(name, pa.string()) for name in ("caption", "url")]
+    assert read.schema == pa.schema([kinds.field("tags"), kinds.field("score"), *texts])
+    assert read["caption"].to_pylist() == [None]
 
 
 def test_json_lines_keep_what_is_no_string_as_json(tmp_path: Path) -> None:
@@ -73,7 +75,7 @@ def test_json_lines_keep_what_is_no_string_as_json(tmp_path: Path) -> None:
 
 def test_a_hash_to_verify_goes_under_its_kind(tmp_path: Path) -> None:
     (tmp_path / "l.csv").write_text("url,checksum\nu,abc\n")
-    assert rows(tmp_path, verify_hash_col="checksum") == [{"sha256": "abc", "url": "u"}]
+    assert rows(tmp_path, verify_hash_col="checksum") == [{"caption": None, "sha256": "abc", "url": "u"}]
 
 
 def test_what_is_found(tmp_path: Path) -> None:

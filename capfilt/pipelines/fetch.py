@@ -159,7 +159,7 @@ def _download(spec: IngestSpec, shard: Shard, folder: str, path: str) -> Writer:
         sample_writer_class=make_writer,
         resizer=Checked(resizer, Images(max_pixels=resize.max_pixels, max_bytes=download.max_bytes)),
         thread_count=min(download.thread_count, shard.name.rows),
-        save_caption="caption" in shard.table.column_names,
+        save_caption=True,
         extract_exif=download.extract_exif,
         output_folder=folder,
         column_list=shard.table.column_names,
