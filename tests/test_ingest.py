@@ -22,12 +22,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from conftest import MakeSpec, jpeg, read
 from PIL import Image
 from rich.console import Console
 from stubs import load_hash
+from typer.testing import CliRunner
 from webserver import Page, WebServer
 
+from capfilt.cli import app
 from capfilt.errors import CapfiltError, ErrorBudgetError, InputError, LeaseHeldError, SpecError, StoreError
 from capfilt.ingest import Account, ShardName, Store, cut, kind_of_error, make_plan, name_rows
 from capfilt.lease import Lease
@@ -35,7 +38,7 @@ from capfilt.pipelines.curate import curate, in_process
 from capfilt.pipelines.fetch import KILLED, Fetched, Task, Writer, _schema, fetch
 from capfilt.pipelines.ingest import IngestSummary, ingest
 from capfilt.pipelines.processes import Died, Executor, NextTask, Outcome, in_processes, on_ray
-from capfilt.spec import Download, IngestSpec, Input, Resize, UrlList
+from capfilt.spec import Download, IngestSpec, Input, Resize, UrlList, load_spec
 
 HERE = {"allow_private": ["127.0.0.1/32"]}
 QUIET = Console(file=io.StringIO())
@@ -390,6 +393,53 @@ def test_an_output_in_an_object_store(tmp_path: Path, s3: Any) -> None:
     assert len(files.glob("data/ingested/_stale/*.parquet")) == 1
 
 
+def test_check_and_plan_say_what_is_there(tmp_path: Path) -> None:
+    write_list(tmp_path / "lists" / "0.parquet", urls_of(*range(5)))
+    path = spec_file(tmp_path, shard_rows=3)
+    runner = CliRunner()
+    checked = runner.invoke(app, ["check", str(path)])
+    assert checked.exit_code == 0, checked.output
+    assert "lists: 1 of parquet, url=url caption=caption; the first is" in " ".join(checked.output.split())
+    assert runner.invoke(app, ["plan", str(path)]).output.splitlines() == [
+        "5 URLs in 1 lists",
+        "fetch 5 URLs, in 2 shards",
+        "leave 0 URLs, in 0 shards: on record",
+    ]
+    assert not (tmp_path / "out").exists()
+    run(make(tmp_path, shard_rows=3))
+    assert runner.invoke(app, ["plan", str(path)]).output.splitlines()[1:] == [
+        "nothing to fetch",
+        "leave 5 URLs, in 2 shards: on record",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"urls": {"paths": ["x"], "save_additional_columns": ["url"]}},
+            "the output has columns of these names itself",
+        ),
+        ({"urls": {"paths": ["x"], "save_additional_columns": ["a", "a"]}}, "named twice: a"),
+        ({"resize": {"encode_format": "png"}}, "encode_quality: of png it is the compression, 0 to 9"),
+        ({"resize": {"resize_mode": "crop"}}, "resize.resize_mode: Input should be 'no', 'keep_ratio'"),
+        ({"download": {"allow_privat": True}}, "did you mean allow_private?"),
+        ({"download": {"allow_private": ["10.0.0.1/8"]}}, "has host bits set"),
+        (
+            {"download": {"compute_hash": None}, "urls": {"paths": ["x"], "verify_hash_col": "h"}},
+            "give download.compute",
+        ),
+        ({"output_options": {"password": "hunter2"}}, "looks like a secret"),
+    ],
+)
+def test_what_is_wrong_in_a_spec_is_named(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+    data = {"kind": "ingest", "urls": {"paths": ["lists"]}, "output": "out", **fields}
+    (tmp_path / "ingest.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(SpecError) as caught:
+        load_spec(tmp_path / "ingest.yaml")
+    assert message in str(caught.value)
+
+
 # --- img2dataset, in a process of its own, on a real web ---
 
 
@@ -565,8 +615,6 @@ CAPFILT = [sys.executable, "-c", "from capfilt.cli import main; main()"]
 
 
 def spec_file(tmp_path: Path, **fields: Any) -> Path:
-    import yaml
-
     data = make(tmp_path, **fields).model_dump(mode="json", exclude_unset=True)
     (tmp_path / "ingest.yaml").write_text(yaml.safe_dump(data))
     return tmp_path / "ingest.yaml"
