@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -82,6 +82,18 @@ class Download(Model):
         default="sha256", description="Of the bytes as they came: a column of that name."
     )
     extract_exif: bool = Field(default=True, description="As JSON, in the column exif.")
+
+    @field_validator("allow_private", mode="before")
+    @classmethod
+    def _networks(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return value
+        try:
+            if isinstance(value, str):
+                raise ValueError("expected a list")
+            return tuple(ip_network(str(network)) for network in value)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"give true, false, or a list of networks such as [10.1.0.0/16]: {error}") from None
 
 
 class Resize(Model):
