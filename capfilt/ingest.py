@@ -41,6 +41,9 @@ _FOLDER, _STALE, ATTEMPTS = "_ingest", "_stale", "_attempts"
 _NAME = re.compile(r"(\d+)-([0-9a-f]{8})-([0-9a-f]{32})(?:-(\d+))?\.parquet")
 _FOOTER_THREADS = 16
 
+SICK_SHARD = 100
+"""Rows from which on a shard's failures are taken for those of the network that fetched it."""
+
 
 # --- shards ---
 
@@ -84,10 +87,8 @@ class Shard:
     def halves(self) -> tuple[Shard, Shard]:
         """Two shards of its rows; of two rows at least."""
         middle = self.name.rows // 2
-        parts = (self.table.slice(0, middle), self.table.slice(middle))
-        first, second = (name_rows(_digests(part)) for part in parts)
-        copy = self.name.copy
-        return Shard(replace(first, copy=copy), parts[0]), Shard(replace(second, copy=copy), parts[1])
+        first, second = self.table.slice(0, middle), self.table.slice(middle)
+        return Shard(name_rows(_digests(first)), first), Shard(name_rows(_digests(second)), second)
 
 
 def name_rows(digests: Sequence[bytes]) -> ShardName:
@@ -156,20 +157,28 @@ def cut(tables: Iterator[pa.Table], known: Iterable[ShardName], shard_rows: int)
         yield rows.take(fresh)
 
 
-def cut_lists(spec: IngestSpec, files: Sequence[ListFile], known: Iterable[ShardName]) -> Iterator[Shard]:
-    """The shards of all lists; the same rows again are a copy of their own, so that every row is accounted for.
+def cut_lists(
+    spec: IngestSpec, files: Iterable[ListFile], known: Iterable[ShardName], wanted: set[ShardName]
+) -> Iterator[Shard]:
+    """The shards of all lists, each put into `wanted` when it comes.
 
     Raises:
         InputError: see capfilt.lists.read_list.
     """
     known = list(known)
-    times: Counter[str] = Counter()
     for file in files:
         tables = read_list(file, spec.urls, spec.download.compute_hash)
         for shard in cut(tables, known, spec.shard_rows):
-            copy = times[shard.name.digest]
-            times[shard.name.digest] += 1
-            yield Shard(replace(shard.name, copy=copy), shard.table) if copy else shard
+            yield place(shard, wanted)
+
+
+def place(shard: Shard, wanted: set[ShardName]) -> Shard:
+    """Put a shard among those wanted; the very same rows again as a copy of their own: every row is accounted for."""
+    name = shard.name
+    while name in wanted:
+        name = replace(name, copy=name.copy + 1)
+    wanted.add(name)
+    return replace(shard, name=name)
 
 
 def look_at_lists(spec: IngestSpec) -> dict[ListFile, Columns]:
@@ -363,7 +372,7 @@ class Plan:
     Attributes:
         files: of the lists.
         rows, shards: of the lists. done: of them, accounted for already.
-        again: shards that were fetched and had too many failures; stale: that the list no longer has.
+        again: shards that were fetched, see `unsettled`; stale: that the list no longer has.
     """
 
     files: int
@@ -380,15 +389,25 @@ class Plan:
         left = self.shards - self.done
         yield f"fetch {self.rows - self.done_rows:,} URLs, in {left:,} shards" if left else "nothing to fetch"
         if self.again:
-            yield f"of these, {self.again:,} shards again: too many of their URLs failed"
+            yield f"of these, {self.again:,} shards again: too many of their URLs failed, or their files are damaged"
         yield f"leave {self.done_rows:,} URLs, in {self.done:,} shards: on record"
         if self.stale:
             yield f"move {self.stale:,} shards to {_STALE}/: the list no longer has their rows as they were"
 
 
-def settled(account: Account | None, spec: IngestSpec) -> bool:
-    """Whether a shard with this account stays as it is."""
-    return account is not None and not account.over(spec.max_error_fraction)
+def unsettled(there: Mapping[ShardName, Account | None], fraction: float) -> set[ShardName]:
+    """Shards to fetch again: files that cannot be read, and those of which more than this fraction failed.
+
+    Of a few rows that says little, of a row that kills whoever fetches it nothing; so shards of less than SICK_SHARD
+    rows are left as they are, unless the output as a whole is over.
+    """
+    accounts = [account for account in there.values() if account]
+    whole = sum(account.failed for account in accounts) > fraction * sum(account.rows for account in accounts)
+    return {
+        name
+        for name, account in there.items()
+        if account is None or (account.over(fraction) and (whole or name.rows >= SICK_SHARD))
+    }
 
 
 def make_plan(spec: IngestSpec) -> Plan:
@@ -403,16 +422,15 @@ def make_plan(spec: IngestSpec) -> Plan:
     store.check_settings(spec.settings)
     there = store.shards()
     plan = Plan(len(files))
-    wanted = set()
-    for shard in cut_lists(spec, files, there):
-        wanted.add(shard.name)
+    again = unsettled(there, spec.max_error_fraction)
+    wanted: set[ShardName] = set()
+    for shard in cut_lists(spec, files, there, wanted):
         plan.shards += 1
         plan.rows += shard.name.rows
-        if settled(there.get(shard.name), spec):
+        if shard.name in there.keys() - again:
             plan.done += 1
             plan.done_rows += shard.name.rows
-        elif there.get(shard.name) is not None:
-            plan.again += 1
+        plan.again += shard.name in again
     plan.stale = len(there.keys() - wanted)
     return plan
 

@@ -32,7 +32,7 @@ from webserver import Page, WebServer
 
 from capfilt.cli import app
 from capfilt.errors import CapfiltError, ErrorBudgetError, InputError, LeaseHeldError, SpecError, StoreError
-from capfilt.ingest import Account, ShardName, Store, cut, kind_of_error, make_plan, name_rows
+from capfilt.ingest import Account, ShardName, Store, cut, kind_of_error, make_plan, name_rows, unsettled
 from capfilt.lease import Lease
 from capfilt.pipelines.curate import curate, in_process
 from capfilt.pipelines.fetch import KILLED, Fetched, Task, Writer, _schema, fetch
@@ -273,7 +273,7 @@ def test_too_many_failures_are_told_and_fetched_again(tmp_path: Path) -> None:
     report = json.loads((tmp_path / "out" / "_ingest" / "report.json").read_text())
     assert report["all"]["statuses"] == {"success": 12, "failed_to_download": 18}
     assert report["outcome"].startswith("ErrorBudgetError")
-    assert "of these, 2 shards again: too many of their URLs failed" in make_plan(spec).lines()
+    assert any(line.startswith("of these, 2 shards again: too many") for line in make_plan(spec).lines())
     summary = run(spec, again := Pretend())
     assert again.fetched == urls_of(*range(10, 30))
     assert summary.account.statuses == {"success": 30}
@@ -302,6 +302,40 @@ def test_a_row_that_kills_its_process_costs_one_row(tmp_path: Path) -> None:
     assert (rows[urls[21]]["status"], rows[urls[21]]["error_message"]) == ("failed_to_resize", KILLED)
     again = run(spec, execute := Pretend())
     assert (execute.deaths, execute.fetched, again.account.rows) == (0, [], 40)
+
+
+def test_the_same_row_that_kills_twice_is_two_rows(tmp_path: Path) -> None:
+    urls = ["http://a.example/poison"] * 4 + urls_of(1, 1)
+    write_list(tmp_path / "lists" / "0.parquet", urls)
+    spec = make(tmp_path, max_error_fraction=0.9)
+    for _ in range(2):
+        assert run(spec).account.statuses == {"success": 2, "failed_to_resize": 4}
+    assert sorted(row["url"] for row in stored(spec.output)) == sorted(urls)
+
+
+@pytest.mark.parametrize(
+    ("accounts", "again"),
+    [
+        ({(1000, 0): 499}, []),
+        ({(1000, 0): 501}, [(1000, 0)]),
+        ({(1000, 0): 0, (1000, 1): 1000}, [(1000, 1)]),  # an hour without a network
+        ({(1000, 0): 0, (99, 0): 99, (1, 0): 1}, []),  # too few to tell
+        ({(100, 0): 0, (99, 0): 99, (4, 0): 4, (2, 0): 0}, [(99, 0), (4, 0)]),  # but of a sick whole
+        ({(10, 0): None, (10, 1): 0}, [(10, 0)]),
+        ({}, []),
+    ],
+)
+def test_what_is_fetched_again(accounts: dict[tuple[int, int], int | None], again: list[tuple[int, int]]) -> None:
+    """(rows, a number): how many failed, or None of a file that cannot be read; more than half is too much."""
+
+    def name(key: tuple[int, int]) -> ShardName:
+        return ShardName(key[0], "00000000", f"{key[1]:032x}")
+
+    there = {
+        name(key): None if failed is None else Account(Counter(success=key[0] - failed, failed_to_download=failed))
+        for key, failed in accounts.items()
+    }
+    assert unsettled(there, 0.5) == {name(key) for key in again}
 
 
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
@@ -360,7 +394,9 @@ def test_a_disk_that_fails_is_no_failure_of_a_url(tmp_path: Path) -> None:
     writer = Writer(str(tmp_path / "file"), spec, shard, _schema(spec, shard))
     meta = dict.fromkeys(_schema(spec, shard).names) | {"url": "a", "status": "success"}
     writer._writer.close()
-    writer.write(b"x", "0", None, meta)
+    with pytest.raises(StoreError, match="cannot be written"):
+        writer.write(b"x" * 10_000_000, "0", None, meta)
+    writer.write(b"x", "1", None, meta)
     with pytest.raises(StoreError, match="cannot be written"):
         writer.close()
 

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from capfilt.errors import CapfiltError, DatasetError, ErrorBudgetError
-from capfilt.ingest import SUCCESS, Account, Shard, ShardName, Store, cut_lists, look_at_lists, settled
+from capfilt.ingest import SUCCESS, Account, Shard, ShardName, Store, cut_lists, look_at_lists, place, unsettled
 from capfilt.lease import Lease
 from capfilt.lists import ListFile
 from capfilt.logs import event
@@ -148,7 +148,8 @@ class _Driver:
         self.wanted: set[ShardName] = set()
         self.again: deque[Task] = deque()
         self._deaths = 0
-        self._shards: Iterator[Shard] = cut_lists(spec, files, self.there)
+        self._unsettled = unsettled(self.there, spec.max_error_fraction)
+        self._shards: Iterator[Shard] = cut_lists(spec, files, self.there, self.wanted)
         self._begin = self._last_line = time.monotonic()
 
     def run(self, execute: Executor) -> None:
@@ -165,9 +166,8 @@ class _Driver:
             return self.again.popleft()
         for shard in self._shards:
             self.summary.rows += shard.name.rows
-            self.wanted.add(shard.name)
             account = self.there.get(shard.name)
-            if account is None or not settled(account, self.spec):
+            if account is None or shard.name in self._unsettled:
                 return Task(shard)
             self.summary.account += account
             self.summary.kept_shards += 1
@@ -208,8 +208,7 @@ class _Driver:
         else:
             self.wanted.remove(name)
             for half in task.shard.halves():
-                self.wanted.add(half.name)
-                self.again.append(Task(half, deaths - 1))
+                self.again.append(Task(place(half, self.wanted), deaths - 1))
 
     def _prove(self) -> None:
         """Make sure that the output accounts for every URL of the lists, by shards that are there and only these."""
@@ -230,7 +229,8 @@ class _Driver:
         common = ", ".join(f"{message} {count:,}" for message, count in account.errors.most_common(5))
         return (
             f"{account.failed:,} of {account.rows:,} URLs have no image, {account.failed / account.rows:.1%}: over "
-            f"max_error_fraction = {self.spec.max_error_fraction:.1%}. Most often: {common}. They are on record. If "
+            f"max_error_fraction = {self.spec.max_error_fraction:.1%}. Most often: {common}. All is on record, and "
+            f"counted in {self.summary.output}/_ingest/report.json. If "
             "the network was at fault, run again: shards over it are fetched anew; if the list is, raise it"
         )
 

@@ -149,7 +149,7 @@ class IngestSpec(Model):
         ge=0,
         le=1,
         description="URLs without an image that are tolerated, as a fraction. A shard with more is fetched again by "
-        "the next run.",
+        "the next run, if it has 100 URLs or more, or all shards together are over it.",
     )
     lease_seconds: int = Field(default=60, ge=5, le=3600, description="As of a `curate` run.")
     ray: Ray = Field(
