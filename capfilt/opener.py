@@ -16,6 +16,7 @@ import ipaddress
 import socket
 import ssl
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -269,6 +270,15 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             vars(new)["allowance"] = req.allowance
         return new
 
+    def http_error_302(self, req: Any, fp: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return super().http_error_302(req, fp, *args, **options)
+        except BaseException:
+            fp.close()
+            raise
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
 
 class Opener(urllib.request.OpenerDirector):
     """Opens http and https URLs within limits.
@@ -295,7 +305,11 @@ class Opener(urllib.request.OpenerDirector):
         request = urllib.request.Request(fullurl) if isinstance(fullurl, str) else fullurl
         if "allowance" not in vars(request):
             vars(request)["allowance"] = _Allowance(self.limits)
-        return super().open(request, data, timeout)
+        try:
+            return super().open(request, data, timeout)
+        except urllib.error.HTTPError as error:  # which holds the connection, and nobody reads it
+            error.close()
+            raise
 
 
 @contextmanager

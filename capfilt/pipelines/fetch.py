@@ -248,10 +248,12 @@ class Writer:
 
     def write(self, image: bytes | None, key: str, _caption: str | None, meta: Mapping[str, Any]) -> None:
         """Add a row; called by img2dataset, which takes any error for the row's: it is raised at the end, too."""
+        if self._failed:  # what follows is in vain, and would pile up
+            return
         try:
             self._add(int(key), {**meta, self._image: image})
         except Exception as error:
-            self._failed = self._failed or error
+            self._failed = error
             raise
 
     def _add(self, position: int, row: dict[str, Any]) -> None:
