@@ -228,7 +228,7 @@ class Account:
 
     def to_json(self) -> str:
         """For a footer."""
-        return json.dumps({"statuses": self.statuses, "errors": dict(self.errors.most_common(20))}, sort_keys=True)
+        return json.dumps({"statuses": self.statuses, "errors": dict(self.errors.most_common(100))}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Account:
