@@ -252,7 +252,7 @@ class _Web(urllib.request.AbstractHTTPHandler):
 
     def _ask(self, kind: type[_Connection], request: Any, **options: Any) -> http.client.HTTPResponse:
         answer: http.client.HTTPResponse = self.do_open(
-            partial(_connection, kind, request.allowance),  # type: ignore[arg-type]
+            partial(_connection, kind, request.allowance),
             request,
             **options,
         )
