@@ -786,7 +786,7 @@ def test_options_reach_img2dataset(tmp_path: Path, execute: Executor) -> None:
             verify_hash_col="hash",
             save_additional_columns=("licence",),
         )
-        resize = Resize(disable_all_reencoding=True, encode_format="png")
+        resize = Resize(disable_all_reencoding=True, encode_format="png", encode_quality=1)
         download = Download(retries=2, extract_exif=False, allow_private=True)
         spec = make(tmp_path).model_copy(update={"urls": source, "resize": resize, "download": download})
         spec = spec.model_copy(update={"max_error_fraction": 1.0})
