@@ -19,7 +19,7 @@ LAYERS = [
     {
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "pace", "toyweb", "examples"),
         *("stores", "truth", "testset", "quality", "tables", "demo", "holder", "lease", "records", "submit"),
-        *("opener", "lists", "ingest"),
+        *("opener", "lists", "url_shards", "account", "shard_store", "ingest"),
     },
     {"models"},
     {"pipelines"},

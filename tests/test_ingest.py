@@ -30,15 +30,18 @@ from stubs import load_hash
 from typer.testing import CliRunner
 from webserver import Page, WebServer
 
+from capfilt.account import Account, kind_of_error
 from capfilt.cli import app
 from capfilt.errors import CapfiltError, ErrorBudgetError, InputError, LeaseHeldError, SpecError, StoreError
-from capfilt.ingest import Account, ShardName, Store, cut, kind_of_error, make_plan, name_rows, unsettled
+from capfilt.ingest import make_plan, unsettled
 from capfilt.lease import Lease
 from capfilt.pipelines.curate import curate, in_process
 from capfilt.pipelines.fetch import KILLED, Fetched, Task, Writer, _schema, fetch
 from capfilt.pipelines.ingest import IngestSummary, ingest
 from capfilt.pipelines.processes import Died, Executor, NextTask, Outcome, in_processes, on_ray
+from capfilt.shard_store import Store
 from capfilt.spec import Download, IngestSpec, Input, Resize, UrlList, load_spec
+from capfilt.url_shards import ShardName, cut, name_rows
 
 HERE = {"allow_private": ["127.0.0.1/32"]}
 QUIET = Console(file=io.StringIO())

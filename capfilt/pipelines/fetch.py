@@ -24,13 +24,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from capfilt.account import SUCCESS, Account, kind_of_error
 from capfilt.errors import CapfiltError, ImageError
 from capfilt.images import look
-from capfilt.ingest import ATTEMPTS, COUNTS, SUCCESS, Account, Shard, ShardName, Store, kind_of_error
 from capfilt.opener import EVERYWHERE, Limits, Opener, goes_through, installed
 from capfilt.pipelines.job import Failure
+from capfilt.shard_store import ACCOUNT, ATTEMPTS, Store
 from capfilt.spec import Images, IngestSpec
 from capfilt.stores import blamed
+from capfilt.url_shards import Shard, ShardName
 
 NO_DOWNLOAD, NO_IMAGE = "failed_to_download", "failed_to_resize"
 """img2dataset's own statuses, beside success."""
@@ -288,7 +290,7 @@ class Writer:
                 row[self._hash] = None  # what a list says of an image is not the image's
             self._add(position, row | {"status": status, "error_message": message})
         self._flush()
-        self._writer.add_key_value_metadata({COUNTS: self.account.to_json()})
+        self._writer.add_key_value_metadata({ACCOUNT: self.account.to_json()})
         with blamed(self._what):
             self._writer.close()
 

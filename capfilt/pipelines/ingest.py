@@ -15,8 +15,9 @@ from typing import Any
 
 from rich.console import Console
 
+from capfilt.account import SUCCESS, Account
 from capfilt.errors import CapfiltError, DatasetError, ErrorBudgetError
-from capfilt.ingest import SUCCESS, Account, Shard, ShardName, Store, cut_lists, look_at_lists, place, unsettled
+from capfilt.ingest import look_at_lists, unsettled
 from capfilt.lease import Lease
 from capfilt.lists import ListFile
 from capfilt.logs import event
@@ -25,8 +26,10 @@ from capfilt.pipelines.fetch import Fetched, Task
 from capfilt.pipelines.job import Failure
 from capfilt.pipelines.processes import Executor, Outcome, in_processes, on_ray
 from capfilt.pipelines.session import connected, interrupt, interruptible, surroundings
+from capfilt.shard_store import Store
 from capfilt.spec import IngestSpec
 from capfilt.terminal import say
+from capfilt.url_shards import Shard, ShardName, cut_lists, place
 
 DEATHS = 2
 """Of processes, after which a shard is halved, until the row that kills them stands alone."""
