@@ -42,6 +42,7 @@ from capfilt.printing import (
     print_diff,
     print_evaluation,
     print_holder,
+    print_ingest,
     print_runs,
     print_summary,
     print_training,
@@ -53,6 +54,7 @@ from capfilt.spec import (
     CurateSpec,
     EvaluateSpec,
     FilterCard,
+    IngestSpec,
     Input,
     LocalCheckpoint,
     PretrainSettings,
@@ -102,6 +104,8 @@ def run(spec: SpecFile, overrides: Overrides = None) -> None:
                 print_evaluation(run(loaded, console=console))
             elif isinstance(loaded, BootstrapSpec):
                 print_bootstrap(run(loaded, console=console))
+            elif isinstance(loaded, IngestSpec):
+                print_ingest(run(loaded, console=console))
             else:
                 print_training(run(loaded, console=console))
     except KeyboardInterrupt:
@@ -187,6 +191,10 @@ def _checked(loaded: RunSpec) -> Iterator[str]:
             yield _check_input(loaded.pairs)[0]
         yield from _check_cards(loaded.captioner, loaded.filter)
         yield from _check_truths(loaded.truth, *(quality.truth for quality in loaded.quality))
+    elif isinstance(loaded, IngestSpec):
+        from capfilt.ingest import describe
+
+        yield from describe(loaded)
     else:
         from capfilt.examples import list_parts, oversized
 
@@ -270,6 +278,12 @@ def plan(spec: SpecFile, overrides: Overrides = None) -> None:
     from capfilt.pace import NEWEST, costs, last_paces
     from capfilt.plan import plan_run
 
+    if isinstance(loaded := load_spec(spec, overrides or ()), IngestSpec):
+        from capfilt.ingest import make_plan as plan_ingest
+
+        for line in plan_ingest(loaded).lines():
+            say(line)
+        return
     loaded = load_curate_spec(spec, overrides or ())
     work = plan_run(loaded, run_fingerprints(loaded))
     for why, count in work.reasons.items():

@@ -15,7 +15,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,8 @@ from PIL import (
 from capfilt.errors import ImageError
 from capfilt.schema import Reason
 from capfilt.spec import Images
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +78,20 @@ def decode(data: bytes, limits: Images, scratch: npt.NDArray[np.uint8] | None = 
         MemoryError: there is no memory to decode into; the image is not to blame. Not of what libwebp and libjpeg need
             for themselves: they do not say why they fail.
     """
+    return _judged(data, limits, lambda format_: Picture(_decode(data, format_, scratch), format_))
+
+
+def look(data: bytes, limits: Images) -> tuple[str, int, int]:
+    """Format, width and height of an image as its header has them: what other decoders may be given is judged by it.
+
+    Raises:
+        ImageError: as :func:`decode`, for what shows before a pixel is decoded.
+    """
+    return _judged(data, limits, lambda format_: (format_, *_size(data, format_)))
+
+
+def _judged(data: bytes, limits: Images, judge: Callable[[str], T]) -> T:
+    """What `judge` makes of data of acceptable size and format; what it raises, as an ImageError."""
     if not data:
         raise ImageError(Reason.EMPTY_IMAGE, "zero bytes")
     if len(data) > limits.max_bytes:
@@ -83,7 +99,7 @@ def decode(data: bytes, limits: Images, scratch: npt.NDArray[np.uint8] | None = 
     format_ = image_format(data)
     _here.max_pixels = limits.max_pixels
     try:
-        return Picture(_decode(data, format_, scratch), format_)
+        return judge(format_)
     except (ImageError, MemoryError):
         raise
     except Exception as error:  # Pillow raises anything from struct.error to ZeroDivisionError; the row records it
@@ -247,6 +263,19 @@ def _decode(data: bytes, format_: str, scratch: npt.NDArray[np.uint8] | None) ->
     return _upright(_flatten(image), _orientation(image))
 
 
+def _size(data: bytes, format_: str) -> tuple[int, int]:
+    """Width and height by the header, within bounds."""
+    if format_ != "JPEG":
+        width, height = _PLUGINS[format_](io.BytesIO(data)).size  # reads the header only
+        _check_pixels((width, height))
+        return width, height
+    height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+    _check_pixels((width, height))
+    if not _segments(data)[0]:
+        _check_scans(data, width, height)
+    return width, height
+
+
 def _check_pixels(size: tuple[int, int]) -> None:
     limit = _here.max_pixels
     if limit is None:
@@ -270,9 +299,7 @@ def _turbo(data: bytes, scratch: npt.NDArray[np.uint8] | None) -> npt.NDArray[np
     _check_pixels((width, height))
     one_scan, may_be_turned = _segments(data)
     if not one_scan:
-        allowed = min(1000, max(16, _SCAN_PIXELS // max(1, width * height)))
-        if (scans := data.count(b"\xff\xda")) > allowed:
-            raise ImageError(Reason.TOO_MANY_PIXELS, f"JPEG: {scans} scans of {width} x {height} pixels")
+        _check_scans(data, width, height)
     if colours in ("CMYK", "YCCK"):
         return None
     try:
@@ -282,6 +309,12 @@ def _turbo(data: bytes, scratch: npt.NDArray[np.uint8] | None) -> npt.NDArray[np
         return None
     orientation = _orientation(JpegImagePlugin.JpegImageFile(io.BytesIO(data))) if may_be_turned else 1
     return _upright(rgb, orientation)
+
+
+def _check_scans(data: bytes, width: int, height: int) -> None:
+    allowed = min(1000, max(16, _SCAN_PIXELS // max(1, width * height)))
+    if (scans := data.count(b"\xff\xda")) > allowed:
+        raise ImageError(Reason.TOO_MANY_PIXELS, f"JPEG: {scans} scans of {width} x {height} pixels")
 
 
 def _segments(data: bytes) -> tuple[bool, bool]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from capfilt.pipelines.bootstrap import BootstrapSummary
     from capfilt.pipelines.curate import Summary
     from capfilt.pipelines.evaluate import Report
+    from capfilt.pipelines.ingest import IngestSummary
     from capfilt.pipelines.train import TrainSummary
     from capfilt.quality import DatasetQuality
     from capfilt.records import RunRecord
@@ -199,6 +200,26 @@ def print_bootstrap(summary: BootstrapSummary) -> None:
     if webs.row_count:
         out.print(webs)
     say(f"tables: {summary.output}/bootstrap.json; stages: {sum(summary.seconds.values()):,.0f} s of work")
+
+
+def print_ingest(summary: IngestSummary) -> None:
+    """What became of every URL of the lists."""
+    account, fetched = summary.account, summary.fetched
+    table = Table("URLs", "", title=f"run {summary.run}", title_justify="left")
+    table.add_row(f"{summary.rows:,}", f"in {summary.lists:,} lists; accounted for: {account.rows:,}")
+    for status, count in account.statuses.most_common():
+        table.add_row(f"{count:,}", shown(f"{status} ({count / account.rows:.1%})"))
+    for message, count in account.errors.most_common(10):
+        table.add_row(f"{count:,}", shown(f"  {message}"))
+    out.print(table)
+    if summary.fetched_shards:
+        pace = f"{fetched.rows:,} URLs in {summary.elapsed:,.1f} s, {fetched.rows / summary.elapsed:,.1f}/s"
+        say(f"fetched {pace}: {summary.fetched_shards:,} shards, {summary.bytes / 2**20:,.1f} MiB")
+    if summary.kept_shards:
+        say(f"{summary.kept_shards:,} shards were there")
+    if summary.stale:
+        say(f"{summary.stale:,} shards, whose rows the list has no longer, were moved to {summary.output}/_stale")
+    say(f"shards: {summary.output}; point input.paths of a `curate` spec there")
 
 
 def print_demo(quality: DatasetQuality, found: Findings) -> None:

@@ -172,7 +172,7 @@ def _requirements(kind: str, folder: Path, wheel: Path | None, constraints: Path
     (folder / digest).mkdir()
     for file in files:
         shutil.copy(file, folder / digest)
-    extra = "" if kind in ("curate", "evaluate") else "[train]"
+    extra = {"curate": "", "evaluate": "", "ingest": "[ingest]"}.get(kind, "[train]")
     package = f"{_WORKING_DIR}/{digest}/{wheel.name}{extra}" if wheel else f"capfilt{extra}=={_own_version()}"
     return [f"-c {_WORKING_DIR}/{digest}/{constraints.name}", package]
 

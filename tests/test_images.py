@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from capfilt.errors import ImageError
-from capfilt.images import Picture, decode
+from capfilt.images import Picture, decode, look
 from capfilt.models.preprocess import CLIP_MEAN, CLIP_STD, normalise, resize
 from capfilt.schema import Reason
 from capfilt.spec import Images
@@ -429,6 +429,39 @@ def scarce_memory():
 @pytest.mark.usefixtures("scarce_memory")
 def test_bombs_are_refused_without_allocating(data):
     assert refusal(data).reason == Reason.TOO_MANY_PIXELS
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_look_tells_format_and_size_by_the_header(name):
+    data = FORMATS[name]
+    with Image.open(io.BytesIO(data)) as image:
+        assert look(data, LIMITS) == (name.split()[0], *image.size)
+    with pytest.raises(ImageError, match="too_many_pixels"):
+        look(data, Images(max_pixels=67 * 45 - 1))
+
+
+@pytest.mark.parametrize("name", sorted(bombs().keys() - {"gif frame"}))  # whose header says nothing of it
+@pytest.mark.usefixtures("scarce_memory")
+def test_a_look_sees_bombs(name):
+    with pytest.raises(ImageError) as caught:
+        look(bombs()[name], LIMITS)
+    assert caught.value.reason == Reason.TOO_MANY_PIXELS
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", Reason.EMPTY_IMAGE),
+        (b"<html>", Reason.NOT_AN_IMAGE),
+        (bytes(100), Reason.NOT_AN_IMAGE),
+        (b"\xff\xd8\xff" + b"x" * 99 + b"\xff\xd9", Reason.CORRUPT_IMAGE),
+        (FORMATS["PNG"][:20], Reason.TRUNCATED_IMAGE),
+    ],
+)
+def test_a_look_refuses_what_is_no_image(data, reason):
+    with pytest.raises(ImageError) as caught:
+        look(data, LIMITS)
+    assert caught.value.reason == reason
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])

@@ -19,7 +19,7 @@ LAYERS = [
     {
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "pace", "toyweb", "examples"),
         *("stores", "truth", "testset", "quality", "tables", "demo", "holder", "lease", "records", "submit", "report"),
-        *("view",),
+        *("view", "opener", "lists", "url_shards", "account", "shard_store", "ingest"),
         *("withdrawn", "retention", "diff"),
     },
     {"models"},
@@ -74,6 +74,7 @@ HEAVY = "import sys; sys.exit(', '.join(m for m in ('torch', 'ray', 'transformer
         "import capfilt.dataset, capfilt.plan, capfilt.receipts, capfilt.fragments, capfilt.images, capfilt.toyweb",
         "import capfilt.examples, capfilt.evaluate, capfilt.weights",
         "import capfilt.lease, capfilt.records, capfilt.logs, capfilt.printing",
+        "import capfilt.pipelines.ingest",
         "import capfilt.truth, capfilt.testset, capfilt.quality, capfilt.tables",
         "import capfilt.report, capfilt.report.page",
         "import capfilt.view.server",

@@ -216,7 +216,8 @@ def test_set_reaches_into_cards_and_reads_yaml(spec_file: Path) -> None:
         ("captioners.0.role=filter", "captioners.0.role: Input should be 'captioner'"),
         (
             "kind=curat",
-            "kind: 'curat' is not one of curate, pretrain, finetune-captioner, finetune-filter, evaluate, bootstrap",
+            "kind: 'curat' is not one of curate, pretrain, finetune-captioner, finetune-filter, evaluate, bootstrap, "
+            "ingest",
         ),
     ],
 )

@@ -26,6 +26,7 @@ from capfilt.spec.fields import (
     Ray,
     output_location,
 )
+from capfilt.spec.ingestion import Download, IngestSpec, Resize, UrlList
 from capfilt.spec.reading import RunSpec, load_card, load_curate_spec, load_spec
 from capfilt.spec.removal import Retention, Withdrawn
 from capfilt.spec.training import (
@@ -64,6 +65,7 @@ __all__ = [
     "CurateSettings",
     "CurateSpec",
     "Decision",
+    "Download",
     "EvaluateSpec",
     "EvaluationSettings",
     "FilterCard",
@@ -72,6 +74,7 @@ __all__ = [
     "FinetuneFilterSpec",
     "HubCheckpoint",
     "Images",
+    "IngestSpec",
     "Initial",
     "Input",
     "Keep",
@@ -84,6 +87,7 @@ __all__ = [
     "PretrainSpec",
     "Quality",
     "Ray",
+    "Resize",
     "Retention",
     "Retrieval",
     "RunSpec",
@@ -94,6 +98,7 @@ __all__ = [
     "TrainSpec",
     "TrainingSettings",
     "Truth",
+    "UrlList",
     "VisionTower",
     "Withdrawn",
     "Workers",

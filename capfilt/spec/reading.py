@@ -17,9 +17,12 @@ from capfilt.spec.cards import CaptionerCard, FilterCard, ModelCard
 from capfilt.spec.curation import CurateSpec
 from capfilt.spec.evaluation import EvaluateSpec
 from capfilt.spec.fields import absolute
+from capfilt.spec.ingestion import IngestSpec
 from capfilt.spec.training import FinetuneCaptionerSpec, FinetuneFilterSpec, PretrainSpec
 
-RunSpec = CurateSpec | PretrainSpec | FinetuneCaptionerSpec | FinetuneFilterSpec | EvaluateSpec | BootstrapSpec
+RunSpec = (
+    CurateSpec | PretrainSpec | FinetuneCaptionerSpec | FinetuneFilterSpec | EvaluateSpec | BootstrapSpec | IngestSpec
+)
 """One spec for each kind of run."""
 
 _KINDS: dict[str, type[RunSpec]] = {
@@ -29,6 +32,7 @@ _KINDS: dict[str, type[RunSpec]] = {
     "finetune-filter": FinetuneFilterSpec,
     "evaluate": EvaluateSpec,
     "bootstrap": BootstrapSpec,
+    "ingest": IngestSpec,
 }
 _CARDS = ("captioner", "filter", "start")
 """Fields that hold a card, or its path."""
