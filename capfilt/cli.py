@@ -40,6 +40,7 @@ from capfilt.printing import (
     print_dataset,
     print_demo,
     print_evaluation,
+    print_export,
     print_holder,
     print_runs,
     print_summary,
@@ -51,6 +52,7 @@ from capfilt.spec import (
     Checkpoint,
     CurateSpec,
     EvaluateSpec,
+    ExportSpec,
     FilterCard,
     Input,
     LocalCheckpoint,
@@ -101,6 +103,8 @@ def run(spec: SpecFile, overrides: Overrides = None) -> None:
                 print_evaluation(run(loaded, console=console))
             elif isinstance(loaded, BootstrapSpec):
                 print_bootstrap(run(loaded, console=console))
+            elif isinstance(loaded, ExportSpec):
+                print_export(run(loaded, console=console))
             else:
                 print_training(run(loaded, console=console))
     except KeyboardInterrupt:
@@ -181,6 +185,10 @@ def _checked(loaded: RunSpec) -> Iterator[str]:
             yield _check_input(loaded.pairs)[0]
         yield from _check_cards(loaded.captioner, loaded.filter)
         yield from _check_truths(loaded.truth, *(quality.truth for quality in loaded.quality))
+    elif isinstance(loaded, ExportSpec):
+        from capfilt.export.driver import look
+
+        yield from look(loaded)
     else:
         from capfilt.examples import list_parts, oversized
 

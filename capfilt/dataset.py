@@ -443,6 +443,22 @@ class CuratedDataset:
         delta = self._tables[PAIRS] if version is None else self._at(PAIRS, version)
         return delta.version(), sorted(delta.file_uris())
 
+    def as_of(self, version: int) -> Self:
+        """The dataset for reading, as it was at a version of its pairs.
+
+        Raises:
+            DatasetError: there is no such version; or its annotations cannot be told, since another tool has maintained
+                one of the tables.
+        """
+        then = type(self)(self.output, self._options)
+        then._tables = {table: self._at(table, version) for table in DIRECTORIES}
+        if len({then._number(table) for table in DIRECTORIES}) > 1:
+            raise DatasetError(
+                f"{self.output}: version {version} of the pairs goes with another version of the annotations: another "
+                "tool has maintained one of the tables. Take a version from before that"
+            )
+        return then
+
     def quarantine(self, version: int | None = None) -> Any:
         """The quarantine, as :meth:`annotations`."""
         return self._read(QUARANTINE, version)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from capfilt.dataset import CuratedDataset
     from capfilt.demo import Findings
+    from capfilt.export.driver import ExportSummary
     from capfilt.holder import Standing
     from capfilt.pipelines.bootstrap import BootstrapSummary
     from capfilt.pipelines.curate import Summary
@@ -170,6 +171,17 @@ def print_bootstrap(summary: BootstrapSummary) -> None:
     if webs.row_count:
         out.print(webs)
     say(f"tables: {summary.output}/bootstrap.json; stages: {sum(summary.seconds.values()):,.0f} s of work")
+
+
+def print_export(summary: ExportSummary) -> None:
+    """What an export wrote."""
+    if summary.nothing:
+        say(f"nothing to do: {summary.output} holds this export already")
+    else:
+        again = f"; {summary.resumed:,} of them an earlier try had written" if summary.resumed else ""
+        say(f"{summary.files:,} files, {summary.bytes:,} bytes, in {summary.elapsed:,.1f} s{again}")
+    texts = ", ".join(f"{count:,} {source}" for source, count in summary.sources.items())
+    say(f"{summary.rows:,} rows of version {summary.version} in {summary.output}; texts: {texts}")
 
 
 def print_demo(quality: DatasetQuality, found: Findings) -> None:

@@ -19,6 +19,7 @@ LAYERS = [
     {
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "pace", "toyweb", "examples"),
         *("stores", "truth", "testset", "quality", "tables", "demo", "holder", "lease", "records", "submit"),
+        "export",
     },
     {"models"},
     {"pipelines"},

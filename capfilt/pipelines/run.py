@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, overload
 
-from capfilt.spec import BootstrapSpec, CurateSpec, EvaluateSpec, RunSpec, TrainSpec
+from capfilt.spec import BootstrapSpec, CurateSpec, EvaluateSpec, ExportSpec, RunSpec, TrainSpec
 
 if TYPE_CHECKING:
+    from capfilt.export.driver import ExportSummary
     from capfilt.pipelines.bootstrap import BootstrapSummary
     from capfilt.pipelines.curate import Summary
     from capfilt.pipelines.evaluate import Report
     from capfilt.pipelines.train import TrainSummary
 
-    Outcome = Summary | TrainSummary | Report | BootstrapSummary
+    Outcome = Summary | TrainSummary | Report | BootstrapSummary | ExportSummary
 
 
 @overload
@@ -23,6 +24,8 @@ def run(spec: TrainSpec, **options: Any) -> TrainSummary: ...
 def run(spec: EvaluateSpec, **options: Any) -> Report: ...
 @overload
 def run(spec: BootstrapSpec, **options: Any) -> BootstrapSummary: ...
+@overload
+def run(spec: ExportSpec, **options: Any) -> ExportSummary: ...
 def run(spec: RunSpec, **options: Any) -> Outcome:
     """Run a spec; imports only what its kind needs."""
     if isinstance(spec, CurateSpec):
@@ -37,6 +40,10 @@ def run(spec: RunSpec, **options: Any) -> Outcome:
         from capfilt.pipelines.evaluate import evaluate
 
         return evaluate(spec, **options)
+    if isinstance(spec, ExportSpec):
+        from capfilt.export.driver import export
+
+        return export(spec, **options)
     from capfilt.pipelines.bootstrap import bootstrap
 
     return bootstrap(spec, **options)

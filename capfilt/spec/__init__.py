@@ -16,6 +16,7 @@ from capfilt.spec.cards import (
 )
 from capfilt.spec.curation import CurateSpec, Decision, Keep, Sampling
 from capfilt.spec.evaluation import Captioning, EvaluateSpec, EvaluationSettings, Quality, Retrieval, Truth
+from capfilt.spec.export import ExportFormat, ExportSpec, TextRule
 from capfilt.spec.fields import (
     Checkpoint,
     Columns,
@@ -65,6 +66,8 @@ __all__ = [
     "Decision",
     "EvaluateSpec",
     "EvaluationSettings",
+    "ExportFormat",
+    "ExportSpec",
     "FilterCard",
     "FilterSettings",
     "FinetuneCaptionerSpec",
@@ -86,6 +89,7 @@ __all__ = [
     "Retrieval",
     "RunSpec",
     "Sampling",
+    "TextRule",
     "TextTower",
     "Thresholds",
     "ThresholdsOverride",

@@ -16,10 +16,13 @@ from capfilt.spec.bootstrap import BootstrapSpec
 from capfilt.spec.cards import CaptionerCard, FilterCard, ModelCard
 from capfilt.spec.curation import CurateSpec
 from capfilt.spec.evaluation import EvaluateSpec
+from capfilt.spec.export import ExportSpec
 from capfilt.spec.fields import absolute
 from capfilt.spec.training import FinetuneCaptionerSpec, FinetuneFilterSpec, PretrainSpec
 
-RunSpec = CurateSpec | PretrainSpec | FinetuneCaptionerSpec | FinetuneFilterSpec | EvaluateSpec | BootstrapSpec
+RunSpec = (
+    CurateSpec | PretrainSpec | FinetuneCaptionerSpec | FinetuneFilterSpec | EvaluateSpec | BootstrapSpec | ExportSpec
+)
 """One spec for each kind of run."""
 
 _KINDS: dict[str, type[RunSpec]] = {
@@ -29,6 +32,7 @@ _KINDS: dict[str, type[RunSpec]] = {
     "finetune-filter": FinetuneFilterSpec,
     "evaluate": EvaluateSpec,
     "bootstrap": BootstrapSpec,
+    "export": ExportSpec,
 }
 _CARDS = ("captioner", "filter", "start")
 """Fields that hold a card, or its path."""
