@@ -25,7 +25,7 @@ from rich.console import Console
 from capfilt.dataset import Counts, CuratedDataset, ShardCommit, ShardFiles
 from capfilt.errors import CapfiltError, ConflictError, DatasetError, ErrorBudgetError, InputError
 from capfilt.fingerprints import Fingerprints, run_fingerprints
-from capfilt.fragments import Footer, Fragment, Layout, cut, read_footer
+from capfilt.fragments import Footer, Fragment, cut, read_footer
 from capfilt.inputs import InputFile
 from capfilt.lease import Lease
 from capfilt.logs import event
@@ -231,7 +231,7 @@ class _Driver:
         self._receipts: dict[str, list[Receipt]] = {}  # of shards not yet complete
         self._ready: list[_Complete] = []
         self._held: list[_Complete] = []  # over the budget by themselves; committed if the run as a whole is not
-        self._layouts: dict[str, tuple[InputFile, Layout]] = {}
+        self._footers: dict[str, tuple[InputFile, Footer]] = {}
         self._before: dict[str, ShardFiles] = {}  # of shards that restart midway: what is committed
         self._paths = {file.shard: file.path for file, _ in plan.todo}
         self._retry: list[Unit] | None = []  # failed once; None when a failure is final
@@ -314,7 +314,7 @@ class _Driver:
                     if isinstance(footer, InputError):
                         self._fail(file.shard, str(footer))
                     else:
-                        self._layouts[file.shard] = (file, footer.layout)
+                        self._footers[file.shard] = (file, footer)
                         self._budget.file_has(footer.rows)
                 self.display.expect(self._budget.all_rows)
                 self._stop_if_sick()
@@ -340,10 +340,10 @@ class _Driver:
 
     def _fragment(self, shard: str, start: int, stop: int, file_rows: int) -> Fragment:
         """Rows of a file whose footer was read; where their captions stay, with the files that hold these."""
-        (file, layout), before = self._layouts[shard], self._before.get(shard, ShardFiles())
+        (file, footer), before = self._footers[shard], self._before.get(shard, ShardFiles())
         spans = {one.path: one.span or (0, file_rows) for one in before.annotations}
         holding = tuple(path for path, (a, b) in spans.items() if a < stop and b > start)
-        return Fragment(file, layout, start, stop, file_rows, holding)
+        return footer.fragment(file, start, stop, holding)
 
     def _adopt(self, receipt: Receipt) -> None:
         self.summary.adopted_rows += receipt.rows
@@ -372,7 +372,7 @@ class _Driver:
 
     def _again(self, receipt: Receipt) -> Unit:
         """The work that a receipt says failed."""
-        if receipt.shard in self._layouts:
+        if receipt.shard in self._footers:
             return self._fragment(receipt.shard, receipt.start, receipt.stop, receipt.file_rows)
         file = next(file for file in self.plan.at(Stage.DECIDE) if file.shard == receipt.shard)
         units = redecisions(file, self._before[receipt.shard])
