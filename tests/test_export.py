@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -466,6 +467,23 @@ def test_an_export_to_s3(make: MakeExport, curated: str, s3: S3) -> None:
     assert run(spec).rows == len(pairs(curated))
     table = pq.read_table("data/export/data", filesystem=s3.files())
     assert table["text"].to_pylist() == [pair["text"] for pair in pairs(curated)]
+
+
+# --- a trainer ---
+
+
+def test_one_training_step_with_webdataset_alone(make: MakeExport) -> None:
+    """The script of docs/export.md, as it stands there, in the exported directory."""
+    guide = (Path(__file__).parent.parent / "docs" / "export.md").read_text()
+    (script,) = [block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if "webdataset" in block]
+    assert "capfilt" not in script
+    spec = make()
+    run(spec)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=spec.output, capture_output=True, text=True, timeout=120, check=False
+    )
+    first, second = (float(line.split()[1]) for line in done.stdout.splitlines())
+    assert second < first, done.stderr
 
 
 # --- the command line ---
