@@ -450,6 +450,8 @@ class CuratedDataset:
             DatasetError: there is no such version; or its annotations cannot be told, since another tool has maintained
                 one of the tables.
         """
+        if version == self._tables[PAIRS].version():
+            return self
         then = type(self)(self.output, self._options)
         then._tables = {table: self._at(table, version) for table in DIRECTORIES}
         if len({then._number(table) for table in DIRECTORIES}) > 1:

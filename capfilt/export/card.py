@@ -26,33 +26,33 @@ _CHOICES = {
 _AUTHORS_ALL = "every kept text, an entry each"
 
 
-def card(spec: ExportSpec, dataset: CuratedDataset, version: int, manifest: Mapping[str, Any], usage: str) -> str:
+def card(spec: ExportSpec, dataset: CuratedDataset, manifest: Mapping[str, Any], usage: str) -> str:
     """README.md of an export.
 
     Args:
-        version: of the pairs.
-        manifest: asked, sources, formats; see capfilt.export.driver.
+        dataset: as of the version that is exported.
+        manifest: asked, sources, formats; see capfilt.export.manifest.
+        usage: how the files are read.
     """
-    then = dataset.as_of(version)
     rule = _AUTHORS_ALL if (spec.format, spec.text) == ("authors", "all") else _CHOICES[spec.text]
     rule = rule.format(p=spec.web_probability, seed=spec.seed)
     asked, sources = manifest["asked"], manifest["sources"]
     origin = ", ".join(f"{count:,} {name}" for name, count in sources.items())
     images = ", ".join(f"{count:,} {name}" for name, count in manifest["formats"].items())
-    runs = {state.provenance.run for state in then.committed().values()}
+    runs = {state.provenance.run for state in dataset.committed().values()}
     specs = [record.details["spec"] for record in dataset.runs() if record.run in runs and "spec" in record.details]
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(spec, asked['rows']), sort_keys=False)}---\n",
         "# Image-text pairs, curated with CapFilt\n",
         f"{asked['rows']:,} pairs of an image and a text: from the web, texts rewritten by captioners and judged by "
         "filters (CapFilt, [BLIP](https://arxiv.org/abs/2201.12086)), written by "
-        f"[capfilt](https://github.com/capfilt/capfilt) {asked['capfilt']} from version {version} of its dataset.\n",
+        f"[capfilt](https://github.com/capfilt/capfilt) {asked['capfilt']} from version {asked['version']} of its dataset.\n",
         f"- Text: {rule}. Chosen: {origin}.",
         f"- Images: bytes as they came, never re-encoded: {images}.",
         f"- Files: {asked['shards']:,} with rows, in order of the dataset's (shard, row), each once; `manifest.json` "
         "has the rows, bytes and sha256 of every file.\n",
         f"## Reading it\n\n{usage}",
-        f"## What became of the input\n\n{_reasons(then)}",
+        f"## What became of the input\n\n{_reasons(dataset)}",
         *_how(specs, len(runs)),
         "## Licence\n",
         "The images, and the texts whose source is `web`, belong to whoever put them on the web; `url` says where they "

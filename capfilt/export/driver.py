@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
 
 from rich.console import Console
@@ -22,9 +21,10 @@ from capfilt.export.card import card
 from capfilt.export.choice import Choice
 from capfilt.export.folder import MANIFEST, PROGRESS, FileRecord, Folder
 from capfilt.export.litdata import LitData
+from capfilt.export.manifest import Written, asked, files, refuse_another, totals
 from capfilt.export.mds import Mds
 from capfilt.export.parquet import Parquet
-from capfilt.export.shards import Example, Shard, cut, digest, in_order, read_examples, row_groups
+from capfilt.export.shards import Example, Shard, cut, in_order, read_examples, row_groups
 from capfilt.export.webdataset import WebDataset
 from capfilt.spec import ExportSpec
 from capfilt.terminal import say
@@ -50,24 +50,6 @@ class Format(Protocol):
     def usage(self) -> str:
         """How it is read, in Markdown."""
         ...
-
-
-@dataclass(frozen=True)
-class Written:
-    """A shard that is written. `first` and `last` are (shard, row) of the curated dataset."""
-
-    rows: int
-    files: tuple[FileRecord, ...]
-    sources: dict[str, int]
-    formats: dict[str, int]
-    first: tuple[str, int]
-    last: tuple[str, int]
-
-    @classmethod
-    def from_json(cls, content: dict[str, Any]) -> Written:
-        """What asdict made of one."""
-        places = {name: (content[name][0], content[name][1]) for name in ("first", "last")}
-        return cls(**{**content, **places, "files": tuple(FileRecord(**one) for one in content["files"])})
 
 
 @dataclass
@@ -102,21 +84,16 @@ def export(spec: ExportSpec, console: Console | None = None) -> ExportSummary:
         StoreError: the output cannot be written.
     """
     begin = time.monotonic()
-    console = console or Console(stderr=True)
-    dataset = CuratedDataset.for_reading(spec.dataset, spec.storage_options)
-    number, groups = row_groups(dataset, spec.version, spec.storage_options)
-    shards = cut(groups, spec.shard_bytes, spec.shard_rows)
-    if not shards:
-        raise DatasetError(f"{spec.dataset}: version {number} of its pairs has no rows; there is nothing to export")
-    asked = _asked(spec, number, shards)
+    dataset, shards, wanted = _planned(spec)
     folder = Folder(spec.output, spec.output_options)
     if (there := folder.complete()) is not None:
-        return _as_found(there, asked, spec.output)
+        refuse_another(there, wanted, spec.output)
+        return _summary(there, spec.output, nothing=True)
     manifest = folder.read(MANIFEST)
     resumed = 0
-    if manifest is None or manifest["asked"] != asked:
-        written, resumed = _write(spec, shards, asked, folder, console)
-        manifest = _record(spec, dataset, number, asked, written, folder)
+    if manifest is None or manifest["asked"] != wanted:
+        written, resumed = _write(spec, shards, wanted, folder, console or Console(stderr=True))
+        manifest = _put_on_record(spec, dataset, wanted, written, folder)
     folder.publish()
     return _summary(manifest, spec.output, resumed=resumed, elapsed=time.monotonic() - begin)
 
@@ -125,57 +102,31 @@ def look(spec: ExportSpec) -> Iterator[str]:
     """What a look at the dataset and the output finds, in lines; writes nothing.
 
     Raises:
-        CapfiltError: as export does before it writes.
+        CapfiltError: as :func:`export` does before it writes.
     """
-    dataset = CuratedDataset.for_reading(spec.dataset, spec.storage_options)
-    number, groups = row_groups(dataset, spec.version, spec.storage_options)
-    shards = cut(groups, spec.shard_bytes, spec.shard_rows)
+    _, shards, wanted = _planned(spec)
     make_format(spec, len(shards))
-    yield f"dataset {spec.dataset}: version {number} of its pairs, {sum(group.rows for group in groups):,} rows"
+    yield f"dataset {spec.dataset}: version {wanted['version']} of its pairs, {wanted['rows']:,} rows"
     there = Folder(spec.output, spec.output_options).complete()
     if there is not None:
-        _as_found(there, _asked(spec, number, shards), spec.output)
+        refuse_another(there, wanted, spec.output)
     yield f"{len(shards):,} files of format {spec.format}" + (": all there" if there is not None else " to write")
 
 
-def _asked(spec: ExportSpec, number: int, shards: Sequence[Shard]) -> dict[str, Any]:
-    """What determines every byte of the export's data."""
-    what = ("format", "text", "web_probability", "seed")
-    return {
-        "dataset": spec.dataset,
-        "version": number,
-        **{name: getattr(spec, name) for name in what},
-        "shards": len(shards),
-        "rows": sum(shard.rows for shard in shards),
-        "cut": digest(shards),
-        "capfilt": _version("capfilt"),
-        "pyarrow": _version("pyarrow"),
-    }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # a folder of the source, without pip
-        return "not installed"
-
-
-def _as_found(manifest: dict[str, Any], asked: dict[str, Any], output: str) -> ExportSummary:
-    """The export that is there, if it is the one asked for."""
-    was = manifest.get("asked", {})
-    if differs := [name for name in asked if was.get(name) != asked[name] and name not in ("capfilt", "pyarrow")]:
-        name = differs[0]
-        raise DatasetError(
-            f"{output}: holds another export ({name} {was.get(name)!r}, now {asked[name]!r}); give another output, or "
-            "remove it"
-        )
-    return _summary(manifest, output, nothing=True)
+def _planned(spec: ExportSpec) -> tuple[CuratedDataset, list[Shard], dict[str, Any]]:
+    """The dataset as of the version, what it is cut into, and what determines the export."""
+    dataset = CuratedDataset.for_reading(spec.dataset, spec.storage_options)
+    number, groups = row_groups(dataset, spec.version, spec.storage_options)
+    shards = cut(groups, spec.shard_bytes, spec.shard_rows)
+    if not shards:
+        raise DatasetError(f"{spec.dataset}: version {number} of its pairs has no rows; there is nothing to export")
+    return dataset.as_of(number), shards, asked(spec, number, shards)
 
 
 def _summary(manifest: dict[str, Any], output: str, **more: Any) -> ExportSummary:
-    files, asked = manifest["files"], manifest["asked"]
+    files, was = manifest["files"], manifest["asked"]
     size = sum(one["bytes"] for one in files)
-    return ExportSummary(output, asked["version"], asked["rows"], len(files), size, manifest["sources"], **more)
+    return ExportSummary(output, was["version"], was["rows"], len(files), size, manifest["sources"], **more)
 
 
 # --- writing ---
@@ -202,12 +153,12 @@ def make_format(spec: ExportSpec, shards: int) -> Format:
 
 
 def _write(
-    spec: ExportSpec, shards: Sequence[Shard], asked: dict[str, Any], folder: Folder, console: Console
+    spec: ExportSpec, shards: Sequence[Shard], wanted: dict[str, Any], folder: Folder, console: Console
 ) -> tuple[list[Written], int]:
     """Write every shard that an earlier try of the same export did not; (all of them, those that it did)."""
-    if folder.read(_ASKED) != asked:
+    if folder.read(_ASKED) != wanted:
         folder.discard()
-        folder.put(_ASKED, json.dumps(asked).encode())
+        folder.put(_ASKED, json.dumps(wanted).encode())
     folder.sweep()
     done: dict[int, Written] = {}
     names = folder.progress()
@@ -221,7 +172,7 @@ def _write(
         if time.monotonic() - said >= SAY_SECONDS:
             said = time.monotonic()
             rows = sum(one.rows for one in done.values())
-            say(f"capfilt: {rows:,} of {asked['rows']:,} rows, {len(done):,} of {len(shards):,} files", console)
+            say(f"capfilt: {rows:,} of {wanted['rows']:,} rows, {len(done):,} of {len(shards):,} files", console)
     written = [done[shard.number] for shard in shards]
     for before, after in itertools.pairwise(written):
         in_order(before.last, after.first, spec.dataset)
@@ -281,31 +232,14 @@ def _progress(shard: int) -> str:
     return f"{PROGRESS}/{shard:06d}.json"
 
 
-# --- on record ---
-
-
-def _record(
-    spec: ExportSpec,
-    dataset: CuratedDataset,
-    number: int,
-    asked: dict[str, Any],
-    written: Sequence[Written],
-    folder: Folder,
+def _put_on_record(
+    spec: ExportSpec, dataset: CuratedDataset, wanted: dict[str, Any], written: Sequence[Written], folder: Folder
 ) -> dict[str, Any]:
     """Write what comes after the shards: the format's own, README.md, and the manifest as the last."""
     writer = make_format(spec, len(written))
-    rows = [one.rows for one in written]
-    extra = writer.finish([list(one.files) for one in written], rows, folder)
-    sources: Counter[str] = sum((Counter(one.sources) for one in written), Counter())
-    formats: Counter[str] = sum((Counter(one.formats) for one in written), Counter())
-    manifest: dict[str, Any] = {
-        "asked": asked,
-        "sources": dict(sorted(sources.items())),
-        "formats": dict(sorted(formats.items())),
-    }
-    readme = card(spec, dataset, number, manifest, writer.usage)
-    extra.append(folder.put("README.md", readme.encode()))
-    files = [{**asdict(file), "rows": one.rows} for one in written for file in one.files]
-    manifest["files"] = files + [asdict(file) for file in extra]
+    more = writer.finish([list(one.files) for one in written], [one.rows for one in written], folder)
+    manifest: dict[str, Any] = {"asked": wanted, **totals(written)}
+    more.append(folder.put("README.md", card(spec, dataset, manifest, writer.usage).encode()))
+    manifest["files"] = files(written, more)
     folder.put(MANIFEST, json.dumps(manifest, indent=1).encode())
     return manifest
