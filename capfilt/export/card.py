@@ -46,7 +46,8 @@ def card(spec: ExportSpec, dataset: CuratedDataset, manifest: Mapping[str, Any],
         "# Image-text pairs, curated with CapFilt\n",
         f"{asked['rows']:,} pairs of an image and a text: from the web, texts rewritten by captioners and judged by "
         "filters (CapFilt, [BLIP](https://arxiv.org/abs/2201.12086)), written by "
-        f"[capfilt](https://github.com/capfilt/capfilt) {asked['capfilt']} from version {asked['version']} of its dataset.\n",
+        f"[capfilt](https://github.com/capfilt/capfilt) {asked['capfilt']} from version {asked['version']} of the "
+        "dataset.\n",
         f"- Text: {rule}. Chosen: {origin}.",
         f"- Images: bytes as they came, never re-encoded: {images}.",
         f"- Files: {asked['shards']:,} with rows, in order of the dataset's (shard, row), each once; `manifest.json` "

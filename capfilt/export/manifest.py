@@ -75,8 +75,8 @@ def refuse_another(manifest: Mapping[str, Any], wanted: Mapping[str, Any], outpu
     for name in wanted:
         if was.get(name) != wanted[name] and name not in _PACKAGES:
             raise DatasetError(
-                f"{output}: holds another export ({name} {was.get(name)!r}, now {wanted[name]!r}); give another output, "
-                "or remove it"
+                f"{output}: holds another export ({name} {was.get(name)!r}, now {wanted[name]!r}); give another "
+                "output, or remove it"
             )
 
 
