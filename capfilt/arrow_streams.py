@@ -77,7 +77,7 @@ def read_schema(file: Any) -> pa.Schema:
         pa.ArrowInvalid: it is none.
     """
     file.seek(_begin(file))
-    return pa.ipc.read_schema(pa.ipc.read_message(file))
+    return pa.ipc.read_schema(_read_message(file))
 
 
 def read_batch(file: Any, offset: int, schema: pa.Schema, rows: int) -> pa.RecordBatch:
@@ -88,13 +88,18 @@ def read_batch(file: Any, offset: int, schema: pa.Schema, rows: int) -> pa.Recor
     """
     file.seek(offset)
     try:
-        batch = pa.ipc.read_record_batch(pa.ipc.read_message(file), schema)
+        batch = pa.ipc.read_record_batch(_read_message(file), schema)
         batch.validate(full=True)
     except EOFError as error:
         raise pa.ArrowInvalid(f"the stream ends at byte {offset:,} without an end mark ({error})") from error
     if batch.num_rows != rows:
         raise pa.ArrowInvalid(f"the record batch at byte {offset:,} has {batch.num_rows:,} rows of {rows:,}")
     return batch
+
+
+def _read_message(file: Any) -> Any:
+    """The message that begins where the file stands."""
+    return pa.ipc.read_message(file if isinstance(file, pa.NativeFile) else pa.PythonFile(file, mode="r"))
 
 
 def _begin(file: Any) -> int:

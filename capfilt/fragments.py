@@ -210,7 +210,9 @@ def _tar_footer(source: Any, file: InputFile, columns: Columns) -> Footer:
 def _stream_footer(source: Any, file: InputFile, columns: Columns) -> Footer:
     try:
         stream = arrow_streams.index(source, file.size)
-    except (pa.ArrowException, EOFError) as error:
+    except (pa.ArrowException, OSError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not Arrow's
+            raise
         raise InputError(f"{file.path}: not readable as Arrow: {one_line(error)}") from error
     return Footer(recognise(stream.schema, columns, file.path), stream.rows, stream.offsets)
 
