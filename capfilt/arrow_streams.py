@@ -19,6 +19,10 @@ _LARGEST_HEAD = 64 * 2**20
 _SCHEMA, _DICTIONARY, _BATCH = 1, 2, 3
 
 
+class _BreaksOffError(Exception):
+    """The stream does not go on as it should."""
+
+
 @dataclass(frozen=True, slots=True)
 class Stream:
     """What a stream says of itself.
@@ -62,9 +66,9 @@ def index(file: Any, size: int) -> Stream:
             if message.kind == _BATCH:
                 rows.append(message.rows)
                 offsets.append(message.offset)
-                if message.end > size:
+                if message.end > size:  # its rows are those that are lost
                     break
-    except (EOFError, struct.error, ValueError):
+    except _BreaksOffError:
         rows.append(1)
         offsets.append(size)
     return Stream(schema, tuple(rows), tuple(offsets))
@@ -111,22 +115,26 @@ def _messages(file: Any, size: int) -> Iterator[_Message]:
     """Heads of all messages.
 
     Raises:
-        EOFError, struct.error, ValueError: the stream does not go on as it should.
+        _BreaksOffError: before its end mark.
     """
     offset = _begin(file)
     while True:
         file.seek(offset)
-        marker, length = struct.unpack("<II", file.read(8))
+        start: bytes = file.read(8)
+        marker, length = struct.unpack("<II", start.ljust(8, b"\0"))
         if marker != _CONTINUES or length > _LARGEST_HEAD:
-            raise ValueError(f"no message at byte {offset:,}")
+            raise _BreaksOffError
         if length == 0:  # the end mark
             return
         head = file.read(length)
-        kind, rows, body = _head(head)
+        try:
+            kind, rows, body = _head(head)
+        except (struct.error, ValueError):
+            raise _BreaksOffError from None
         end = offset + 8 + length + body
         yield _Message(kind, offset, end, rows)
         if end > size:
-            raise EOFError
+            raise _BreaksOffError
         offset = end
 
 
