@@ -16,7 +16,7 @@ import pyarrow as pa
 _MAGIC = b"ARROW1"
 _CONTINUES = 0xFFFFFFFF
 _LARGEST_HEAD = 64 * 2**20
-_SCHEMA, _DICTIONARY, _BATCH = 1, 2, 3
+_DICTIONARY, _BATCH = 2, 3
 
 
 class _BreaksOffError(Exception):
@@ -120,8 +120,10 @@ def _messages(file: Any, size: int) -> Iterator[_Message]:
     offset = _begin(file)
     while True:
         file.seek(offset)
-        start: bytes = file.read(8)
-        marker, length = struct.unpack("<II", start.ljust(8, b"\0"))
+        start = file.read(8)
+        if len(start) < 8:
+            raise _BreaksOffError
+        marker, length = struct.unpack("<II", start)
         if marker != _CONTINUES or length > _LARGEST_HEAD:
             raise _BreaksOffError
         if length == 0:  # the end mark
