@@ -441,7 +441,8 @@ class CuratedDataset:
             DatasetError: there is no such version.
         """
         delta = self._tables[PAIRS] if version is None else self._at(PAIRS, version)
-        return delta.version(), sorted(delta.file_uris())
+        paths = pa.table(delta.get_add_actions())["path"].to_pylist()
+        return delta.version(), sorted(f"{self._uri(PAIRS)}/{path}" for path in paths)  # its own URIs say %20 for a space
 
     def as_of(self, version: int) -> Self:
         """The dataset for reading, as it was at a version of its pairs.

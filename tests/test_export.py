@@ -319,6 +319,14 @@ def test_an_earlier_version_has_its_rows_and_thresholds(make: MakeExport, curate
         run(make(version=99))
 
 
+def test_a_dataset_in_a_folder_of_any_name(make: MakeExport, curated: str, tmp_path: Path) -> None:
+    """Delta Lake's URIs of files say %20 for a space; no file is named so."""
+    folder = tmp_path / "was für ein Ort"
+    shutil.copytree(curated, folder / "curated")
+    spec = make("mds", dataset=str(folder / "curated"), output=str(folder / "aus"))
+    assert run(spec).rows == len(pairs(curated))
+
+
 def test_rows_out_of_order_are_refused(make: MakeExport, curated: str, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(curated, copy)
