@@ -441,8 +441,8 @@ class CuratedDataset:
             DatasetError: there is no such version.
         """
         delta = self._tables[PAIRS] if version is None else self._at(PAIRS, version)
-        paths = pa.table(delta.get_add_actions())["path"].to_pylist()
-        return delta.version(), sorted(f"{self._uri(PAIRS)}/{path}" for path in paths)  # its own URIs say %20 for a space
+        paths = pa.table(delta.get_add_actions())["path"].to_pylist()  # not file_uris, which say %20 for a space
+        return delta.version(), sorted(f"{self._uri(PAIRS)}/{path}" for path in paths)
 
     def as_of(self, version: int) -> Self:
         """The dataset for reading, as it was at a version of its pairs.
