@@ -201,7 +201,7 @@ def index(file: Any, size: int, images: Sequence[str]) -> Index:
                 offsets.append(sample.offset)
             count += 1
             pictured = any(name in sample.members for name in images)
-            if pictured == (len(sample.members) == 1):
+            if not pictured or len(sample.members) == 1:
                 bare[pictured].add(sample.key)
     except BrokenTarError:
         if not count:

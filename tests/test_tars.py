@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import itertools
 import json
@@ -29,6 +30,9 @@ from capfilt.inputs import InputFile, list_inputs
 from capfilt.pipelines.curate import Summary, curate, in_process
 from capfilt.spec import Columns, CurateSpec, Input, PairSource
 
+LEAVES_FILES_OPEN = pytest.mark.filterwarnings(  # webdataset, to the garbage collector
+    "ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
+)
 Members = Iterable[tuple[str, bytes]]
 
 
@@ -77,6 +81,7 @@ def place(tmp_path: Path) -> Path:
 # --- samples ---
 
 
+@LEAVES_FILES_OPEN
 def test_what_webdataset_writes(place: Path) -> None:
     import webdataset as wds
 
@@ -91,6 +96,8 @@ def test_what_webdataset_writes(place: Path) -> None:
     ]
     read_back = wds.WebDataset(str(place), shardshuffle=False)
     assert [one["jpg"] for one in read_back] == [row.image for row in rows]
+    del read_back
+    gc.collect()  # while the warning is looked away from
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
