@@ -337,7 +337,7 @@ def test_rows_out_of_order_are_refused(make: MakeExport, curated: str, tmp_path:
     copy = tmp_path / "copy"
     shutil.copytree(curated, copy)
     table = DeltaTable(f"{copy}/pairs")
-    table.optimize.z_order(["url"])  # which sorts as text: 10 before 2
+    table.optimize.z_order(["image_sha256"])
     spec = make(dataset=str(copy))
     with pytest.raises(DatasetError, match=r"comes after row .* Export an earlier version"):
         run(spec)
@@ -441,13 +441,12 @@ def test_what_is_there_is_not_overwritten(make: MakeExport, tmp_path: Path) -> N
 def test_a_file_of_the_dataset_that_is_gone_is_named(make: MakeExport, curated: str, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(curated, copy)
-    (victim, *_) = sorted(copy.glob("pairs/shard=b*/*.parquet"))
+    dataset = CuratedDataset.for_reading(str(copy), {})
+    victim = Path(dataset.pair_files()[1][-1])
     spec = make(dataset=str(copy), writers=2)
-    shards = cut(driver.row_groups(CuratedDataset.for_reading(str(copy), {}), None, {})[1], 2**28, 14)
     victim.unlink()
     with pytest.raises(InputError, match=victim.name):
         run(spec)
-    assert len(shards) > 2
     assert not Path(spec.output).exists()
 
 
