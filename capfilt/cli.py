@@ -41,6 +41,7 @@ from capfilt.printing import (
     print_demo,
     print_diff,
     print_evaluation,
+    print_export,
     print_holder,
     print_ingest,
     print_runs,
@@ -53,6 +54,7 @@ from capfilt.spec import (
     Checkpoint,
     CurateSpec,
     EvaluateSpec,
+    ExportSpec,
     FilterCard,
     IngestSpec,
     Input,
@@ -106,6 +108,8 @@ def run(spec: SpecFile, overrides: Overrides = None) -> None:
                 print_bootstrap(run(loaded, console=console))
             elif isinstance(loaded, IngestSpec):
                 print_ingest(run(loaded, console=console))
+            elif isinstance(loaded, ExportSpec):
+                print_export(run(loaded, console=console))
             else:
                 print_training(run(loaded, console=console))
     except KeyboardInterrupt:
@@ -195,6 +199,10 @@ def _checked(loaded: RunSpec) -> Iterator[str]:
         from capfilt.ingest import describe
 
         yield from describe(loaded)
+    elif isinstance(loaded, ExportSpec):
+        from capfilt.export.driver import look
+
+        yield from look(loaded)
     else:
         from capfilt.examples import list_parts, oversized
 

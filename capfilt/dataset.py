@@ -513,7 +513,26 @@ class CuratedDataset:
 
     def _files_of(self, table: str, version: int | None) -> tuple[int, list[str]]:
         delta = self._tables[table] if version is None else self._at(table, version)
-        return delta.version(), sorted(delta.file_uris())
+        paths = pa.table(delta.get_add_actions())["path"].to_pylist()  # not file_uris, which say %20 for a space
+        return delta.version(), sorted(f"{self._uri(table)}/{path}" for path in paths)
+
+    def as_of(self, version: int) -> Self:
+        """The dataset for reading, as it was at a version of its pairs.
+
+        Raises:
+            DatasetError: there is no such version; or its annotations cannot be told, since another tool has maintained
+                one of the tables.
+        """
+        if version == self._tables[PAIRS].version():
+            return self
+        then = type(self)(self.output, self._options)
+        then._tables = {table: self._at(table, version) for table in DIRECTORIES}
+        if len({then._number(table) for table in DIRECTORIES}) > 1:
+            raise DatasetError(
+                f"{self.output}: version {version} of the pairs goes with another version of the annotations: another "
+                "tool has maintained one of the tables. Take a version from before that"
+            )
+        return then
 
     def _uri(self, table: str) -> str:
         return f"{self.output}/{DIRECTORIES[table]}"

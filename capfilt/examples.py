@@ -133,7 +133,7 @@ def _plain_parts(number: int, source: PairSource, pool: ThreadPoolExecutor) -> l
     files = list_inputs(pairs)
     footers = pool.map(lambda file: read_footer(file, pairs.columns, pairs.storage_options), files)
     return [
-        Part(number, file.path, stop - start, fragment=Fragment(file, footer.layout, start, stop, footer.rows))
+        Part(number, file.path, stop - start, fragment=footer.fragment(file, start, stop))
         for file, footer in zip(files, footers, strict=True)
         for start, stop in cut(footer.row_groups, PART_ROWS)
         if stop > start

@@ -1,4 +1,6 @@
-"""What a Parquet input holds, how it is cut into fragments, and reading them.
+"""What an input file holds, how it is cut into fragments, and reading them.
+
+Parquet has a footer; tars and Arrow streams are looked through once for what one would say (tars.py, arrow_streams.py).
 
 A fragment is a run of rows of one input file, the unit of work and of what a crash can cost. It follows row groups
 where they are small and slices those that are large, without reading the whole file.
@@ -15,8 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from capfilt import arrow_streams, tars
 from capfilt.errors import InputError
-from capfilt.inputs import InputFile, Opened, current_identity, read_parquet
+from capfilt.inputs import InputFile, Opened, current_identity, read_file, read_parquet
 from capfilt.spec import Columns
 from capfilt.stores import PAUSES, one_line, pause, transient
 
@@ -37,12 +40,17 @@ _ROWS_PER_BYTE = 1_000
 
 _NAMES = 4096  # rows whose URLs and keys are read at a time
 
+_PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
 _REREADS = 3  # a page that fails to decode so many times in a row is corrupt, not unlucky
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Which input column plays which part; None where the file has none."""
+    """Which input column plays which part; None where the file has none.
+
+    Of a tar these are extensions, or fields of a sample's JSON, several with `|` between them: the first that is there.
+    """
 
     image: str
     text: str
@@ -61,15 +69,29 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Footer:
-    """What a Parquet footer says: the layout, and the row groups' sizes in rows."""
+    """What a Parquet footer says: the layout, and the row groups' sizes in rows.
+
+    Attributes:
+        offsets: of a file without a footer: where each of its runs of rows begins, in bytes.
+    """
 
     layout: Layout
     row_groups: tuple[int, ...]
+    offsets: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
         """Rows of the file."""
         return sum(self.row_groups)
+
+    def fragment(self, file: InputFile, start: int, stop: int, annotations: tuple[str, ...] = ()) -> Fragment:
+        """Rows [start, stop) of the file that this is the footer of."""
+        runs, begin = [], 0
+        for rows, offset in zip(self.row_groups, self.offsets, strict=False):
+            if begin < stop and begin + rows > start:
+                runs.append((begin, begin + rows, offset))
+            begin += rows
+        return Fragment(file, self.layout, start, stop, self.rows, annotations, runs=tuple(runs))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +101,7 @@ class Fragment:
     Attributes:
         annotations: committed files that hold their captions, where these stay; paths within the table.
         withdrawn: rows of the file that their owners withdrew.
+        runs: (first row, last row + 1, offset in bytes) of the runs that hold its rows, of a file without a footer.
     """
 
     file: InputFile
@@ -88,6 +111,7 @@ class Fragment:
     file_rows: int
     annotations: tuple[str, ...] = ()
     withdrawn: tuple[int, ...] = ()
+    runs: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def rows(self) -> int:
@@ -136,7 +160,7 @@ class Row:
 def read_footer(
     file: InputFile, columns: Columns, options: Mapping[str, Any], pauses: Sequence[float] = PAUSES
 ) -> Footer:
-    """Read one footer.
+    """Read one footer, or what a tar or an Arrow stream has instead of one.
 
     Args:
         pauses: seconds to wait before each further try at a store that fails.
@@ -145,16 +169,61 @@ def read_footer(
         InputError: the file is not Parquet, is truncated, lies about its rows, or lacks a usable column, or its store
             keeps failing; the message names the file.
     """
+    if file.path.endswith(_PACKED):
+        raise InputError(f"{file.path}: a compressed tar cannot be read from the middle; decompress it")
+    if file.path.endswith(".tar"):
+        found = read_file(file.path, options, lambda source: _tar_footer(source, file, columns), pauses)
+    elif file.path.endswith(".arrow"):
+        found = read_file(file.path, options, lambda source: _stream_footer(source, file, columns), pauses)
+    else:
+        found = read_parquet(
+            file.path,
+            options,
+            lambda parquet: Footer(recognise(parquet.schema_arrow, columns, file.path), row_group_rows(parquet)),
+            pauses,
+        )
+    if found.rows > _ROWS_PER_BYTE * max(file.size, 1):
+        raise InputError(f"{file.path}: claims {found.rows:,} rows in {file.size:,} bytes; take it out of the input")
+    return found
 
-    def footer(parquet: pq.ParquetFile) -> Footer:
-        found = Footer(recognise(parquet.schema_arrow, columns, file.path), row_group_rows(parquet))
-        if found.rows > _ROWS_PER_BYTE * max(file.size, 1):
-            raise InputError(
-                f"{file.path}: claims {found.rows:,} rows in {file.size:,} bytes; take it out of the input"
-            )
-        return found
 
-    return read_parquet(file.path, options, footer, pauses)
+def _tar_footer(source: Any, file: InputFile, columns: Columns) -> Footer:
+    known = {
+        "image": tars.IMAGES,
+        "text": ("txt", *TEXT_COLUMNS),
+        "url": URL_COLUMNS,
+        "key": KEY_COLUMNS,
+        "status": STATUS_COLUMNS,
+        "error": ERROR_COLUMNS,
+        "sha256": SHA256_COLUMNS,
+    }
+    named = {"image": columns.image, "text": columns.text, "url": columns.url, "key": columns.key}
+    layout = Layout(**{role: named.get(role) or "|".join(dict.fromkeys(names)) for role, names in known.items()})
+    try:
+        index = tars.index(source, file.size, _names(layout.image))
+    except tars.BrokenTarError as error:
+        raise InputError(f"{file.path}: not readable as a tar: {error}") from error
+    if index.scattered is not None:
+        raise InputError(
+            f"{file.path}: the image and the text of {index.scattered[:200]!r} do not lie side by side, as "
+            "WebDataset's readers want them; pack it again in order of names (tar --sort=name)"
+        )
+    return Footer(layout, index.rows, index.offsets)
+
+
+def _stream_footer(source: Any, file: InputFile, columns: Columns) -> Footer:
+    try:
+        stream = arrow_streams.index(source, file.size)
+    except (pa.ArrowException, OSError, EOFError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not Arrow's
+            raise
+        raise InputError(f"{file.path}: not readable as Arrow: {one_line(error)}") from error
+    return Footer(recognise(stream.schema, columns, file.path), stream.rows, stream.offsets)
+
+
+def _names(names: str | None) -> tuple[str, ...]:
+    """What a tar's layout holds of one part."""
+    return tuple(names.split("|")) if names else ()
 
 
 def row_group_rows(parquet: pq.ParquetFile) -> tuple[int, ...]:
@@ -288,7 +357,7 @@ def read_rows(
     """Read a fragment's rows in order; exactly `fragment.rows` of them, all of one state of the file.
 
     A page that cannot be decoded though the store answered every read costs the rest of its row group: those rows
-    come with `readable=False`.
+    come with `readable=False`. So does the rest of a tar's run or an Arrow stream's record batch.
 
     Args:
         batch_rows: rows decoded at a time; bounds memory, with the images' size.
@@ -305,12 +374,12 @@ def read_rows(
     while position < fragment.stop:
         _refuse_changed(fragment.file, options, pauses)
         group_stop = fragment.stop
-        opened = Opened(path, options)
+        opened = Opened(path, options, plain=bool(fragment.runs))
         try:
-            with opened as parquet:
-                for group, begin, end in _groups(parquet, position, fragment.stop):
+            with opened as source:
+                for group, begin, end in _groups(source, fragment, position):
                     group_stop = end
-                    for row in _read_group(parquet, fragment.layout, group, begin, position, end, batch_rows):
+                    for row in _read_group(source, fragment, group, begin, position, end, batch_rows):
                         yield row
                         position, failures = row.row + 1, 0
             if position < fragment.stop:
@@ -321,27 +390,31 @@ def read_rows(
             failures += 1
             if _another_try(opened, error, failures, pauses):
                 continue
-            note = f"pages of rows {position} to {group_stop - 1} cannot be decoded: {one_line(error)}"
+            what = "rows" if fragment.runs else "pages of rows"
+            note = f"{what} {position} to {group_stop - 1} cannot be decoded: {one_line(error)}"
             yield from (Row(number, note=note, readable=False) for number in range(position, group_stop))
             position, failures = group_stop, 0
     _refuse_changed(fragment.file, options, pauses)
 
 
 def read_names(
-    file: InputFile, layout: Layout, rows: int, options: Mapping[str, Any], pauses: Sequence[float] = PAUSES
+    file: InputFile, footer: Footer, options: Mapping[str, Any], pauses: Sequence[float] = PAUSES
 ) -> Iterator[Row]:
-    """A file's rows with URL and key alone, of the columns that are read; `readable` where :func:`read_rows` finds them
-    so, or more often: it reads more columns, of which one may be corrupt.
+    """A file's rows with URL and key; of a Parquet file no other column is read. `readable` where :func:`read_rows`
+    finds them so, or more often: it reads more columns, of which one may be corrupt.
 
     Raises:
         InputError, MemoryError: as :func:`read_rows`.
     """
-    name = layout.url or layout.key or ""
-    bare = replace(layout, image=name, text=name, status=None, error=None, sha256=None)
-    whole = Fragment(file, bare, 0, rows, rows)
+    whole = footer.fragment(file, 0, footer.rows)
+    if footer.offsets:  # a tar has its samples' names beside their images
+        return (replace(row, image=None, text=None) for row in read_rows(whole, options, pauses=pauses))
+    name = footer.layout.url or footer.layout.key or ""
+    bare = replace(footer.layout, image=name, text=name, status=None, error=None, sha256=None)
+    whole = replace(whole, layout=bare)
     found = [row for row in read_rows(whole, options, _NAMES, pauses) if row.readable]
     # One by one, up to a page that is corrupt: the batch that holds it was given up as a whole.
-    return iter(found) if len(found) == rows else read_rows(whole, options, 1, pauses)
+    return iter(found) if len(found) == footer.rows else read_rows(whole, options, 1, pauses)
 
 
 def _refuse_changed(file: InputFile, options: Mapping[str, Any], pauses: Sequence[float]) -> None:
@@ -370,22 +443,31 @@ def _another_try(opened: Opened, error: Exception, failures: int, pauses: Sequen
     return failures < _REREADS
 
 
-def _groups(parquet: pq.ParquetFile, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-    """(row group, its first row, last row + 1 wanted) of the groups that hold rows [start, stop)."""
-    begin = 0
-    for group in range(parquet.metadata.num_row_groups):
-        rows = parquet.metadata.row_group(group).num_rows
-        if begin < stop and begin + rows > start and rows:
-            yield group, begin, min(begin + rows, stop)
-        begin += rows
+def _groups(source: Any, fragment: Fragment, start: int) -> Iterator[tuple[int, int, int]]:
+    """(row group, or a run's offset; its first row; last row + 1 wanted) of those that hold rows from `start` on."""
+    if fragment.runs:
+        runs = ((offset, begin, end) for begin, end, offset in fragment.runs)
+    else:
+        sizes = [source.metadata.row_group(n).num_rows for n in range(source.metadata.num_row_groups)]
+        ends = itertools.accumulate(sizes)
+        runs = ((n, end - rows, end) for n, (rows, end) in enumerate(zip(sizes, ends, strict=True)))
+    for group, begin, end in runs:
+        if begin < fragment.stop and end > start and end > begin:
+            yield group, begin, min(end, fragment.stop)
 
 
 def _read_group(
-    parquet: pq.ParquetFile, layout: Layout, group: int, begin: int, start: int, stop: int, batch_rows: int
+    source: Any, fragment: Fragment, group: int, begin: int, start: int, stop: int, batch_rows: int
 ) -> Iterator[Row]:
-    """Rows [start, stop) of a row group whose first row is `begin`."""
-    position = begin
-    batches = parquet.iter_batches(batch_rows, row_groups=[group], columns=layout.columns, use_threads=False)
+    """Rows [start, stop) of a row group or run whose first row is `begin`."""
+    if fragment.file.path.endswith(".tar"):
+        yield from _read_tar(source, fragment, group, begin, start, stop)
+        return
+    layout, position = fragment.layout, begin
+    if fragment.runs:
+        batches = _read_batch(source, fragment, group, begin, batch_rows)
+    else:
+        batches = source.iter_batches(batch_rows, row_groups=[group], columns=layout.columns, use_threads=False)
     for batch in batches:
         low, high = max(start - position, 0), min(stop - position, batch.num_rows)
         if low < high:
@@ -395,6 +477,42 @@ def _read_group(
             return
     if position < stop:
         raise OSError(f"row group {group} ends at row {position} of {stop}")
+
+
+def _read_batch(source: Any, fragment: Fragment, offset: int, begin: int, rows: int) -> Iterator[pa.RecordBatch]:
+    """An Arrow stream's record batch, some rows at a time."""
+    whole = next(end - first for first, end, _ in fragment.runs if first == begin)
+    batch = arrow_streams.read_batch(source, offset, arrow_streams.read_schema(source), whole)
+    for first in range(0, whole, rows):
+        yield batch.slice(first, rows)
+
+
+def _read_tar(source: Any, fragment: Fragment, offset: int, begin: int, start: int, stop: int) -> Iterator[Row]:
+    """Rows [start, stop) of a tar, whose row `begin` is at `offset`."""
+    layout = fragment.layout
+    images, texts = _names(layout.image), _names(layout.text)
+    others = [_names(name) for name in (layout.url, layout.key, layout.status, layout.error, layout.sha256)]
+    found = enumerate(tars.samples(source, offset, fragment.file.size), begin)
+    for number, sample in itertools.islice(found, start - begin, stop - begin):
+        held = tars.contents(source, sample, images, texts)
+        url, key, status, error, sha256 = (
+            next((_valid(str(held.fields[name])) for name in names if held.fields.get(name) is not None), None)
+            for names in others
+        )
+        if held.problem is not None:
+            yield Row(number, key=sample.key, note=held.problem, readable=False)
+            continue
+        note = None
+        if held.image is None:
+            said = [part for part in (status, error) if part]
+            note = ": ".join(said) or f"no image among {', '.join(sample.members)}"[:1000]
+        text = None if held.text is None else _valid(held.text)
+        yield Row(number, held.image, text, url, key or sample.key, note and _valid(note), sha256)
+
+
+def _valid(text: str) -> str:
+    """Without the halves of characters that JSON lets through and UTF-8 does not."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def _rows(batch: pa.RecordBatch, layout: Layout, first: int) -> Iterator[Row]:

@@ -29,6 +29,12 @@ T = TypeVar("T")
 UNSEEN = "unseen"
 """`input_id` of a file that could not be looked at. No file has it, so that nothing read from it is ever committed."""
 
+SUFFIXES = (".parquet", ".tar", ".arrow")
+"""Files that a directory is searched for: Parquet, WebDataset's tars, and Arrow streams as Hugging Face saves them."""
+
+_CACHE = re.compile(r"(?:^|/)cache-[^/]*\.arrow$")
+"""What Hugging Face's datasets leaves beside saved data: results of `map` and `filter`."""
+
 _REMOTE_BUFFER = 8 * 2**20
 _TAIL = 64 * 2**10
 
@@ -65,8 +71,9 @@ class InputFile:
 def list_inputs(spec: Input, exclude: str | None = None) -> list[InputFile]:
     """List the input files, sorted by path, each path once.
 
-    Directories are searched for `*.parquet` at any depth; names that begin with `_` or `.` are left out, as every
-    Parquet reader does. A path that exists is taken literally, whatever glob characters it holds. Symlinks to files
+    Directories are searched for files of SUFFIXES at any depth; names that begin with `_` or `.` are left out, as every
+    Parquet reader does, and so are `x.parquet` where there is an `x.tar` beside it, which img2dataset writes of a tar,
+    and `cache-*.arrow`. A path that exists is taken literally, whatever glob characters it holds. Symlinks to files
     are inputs like others, under their own names; a symlinked directory may be named in the spec, but those found
     below one are not followed. Nothing is read, except the files' ends in a store that stamps its files with nothing.
     A file that is gone before it is looked at is listed still, for the run to name it as a failure of its own.
@@ -82,7 +89,9 @@ def list_inputs(spec: Input, exclude: str | None = None) -> list[InputFile]:
     for path in spec.paths:
         files = _list_path(path, spec.storage_options)
         if not files:
-            raise InputError(f"{path}: no Parquet file there; input.paths takes files, globs and directories")
+            raise InputError(
+                f"{path}: no Parquet file there, nor a .tar or .arrow; input.paths takes files, globs and directories"
+            )
         found.update(files)
     if exclude is not None:
         prefix = _real(exclude).rstrip("/") + "/"
@@ -121,7 +130,7 @@ def _look(path: str, options: Mapping[str, Any]) -> list[InputFile]:
 def _find(fs: Any, path: str, root: str) -> list[Mapping[str, Any]]:
     """What the store says of each file at `path`, whose name in the store is `root`."""
     if is_local(fs) and os.path.isdir(root):
-        return [{"name": name} for name in _walk(root)]
+        return _shards([{"name": name} for name in _walk(root)])
     try:
         info = fs.info(root)
         directory = fs.isdir(root) if _is_web(fs) else info["type"] == "directory"
@@ -130,13 +139,21 @@ def _find(fs: Any, path: str, root: str) -> list[Mapping[str, Any]]:
             raise
         infos = _glob(fs, root)
     else:
-        infos = _below(fs, root) if directory else [info]
+        infos = _shards(_below(fs, root)) if directory else [info]
     infos = [info for info in infos if info["type"] != "directory"]  # which a local link to one is not
     return [info for info in infos if not (is_local(fs) and info["islink"] and os.path.isdir(info["name"]))]
 
 
+def _shards(infos: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Without what is written about a shard, or made of it."""
+    tars = {info["name"].removesuffix(".tar") for info in infos if info["name"].endswith(".tar")}
+    return [
+        info for info in infos if not (info["name"].removesuffix(".parquet") in tars or _CACHE.search(info["name"]))
+    ]
+
+
 def _below(fs: Any, root: str) -> list[Mapping[str, Any]]:
-    """Parquet files below a store's directory, hidden names left out."""
+    """Files of SUFFIXES below a store's directory, hidden names left out."""
     # Object stores list a whole prefix at once, and fail if they cannot; fsspec's own search does neither.
     at_once = isinstance(fs, AsyncFileSystem) and type(fs)._find is not AsyncFileSystem._find
     infos = fs.find(root, detail=True).values() if at_once else _tree(fs, root)
@@ -145,7 +162,7 @@ def _below(fs: Any, root: str) -> list[Mapping[str, Any]]:
     return [
         info
         for name, info in names
-        if name.endswith(".parquet") and not hidden.search(name.removeprefix(root.rstrip("/")))
+        if name.endswith(SUFFIXES) and not hidden.search(name.removeprefix(root.rstrip("/")))
     ]
 
 
@@ -182,7 +199,7 @@ def _tree(fs: Any, root: str, depth: int | None = None) -> Iterator[Mapping[str,
 
 
 def _walk(root: str) -> Iterator[str]:
-    """Local Parquet files below a directory, hidden names left out; fsspec's own search looks at each file as well."""
+    """Local files of SUFFIXES below a directory, hidden names left out; fsspec's own search looks at each as well."""
 
     def fail(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):  # a directory removed meanwhile has no files
@@ -191,14 +208,15 @@ def _walk(root: str) -> Iterator[str]:
     for folder, below, names in os.walk(root, onerror=fail):
         below[:] = [name for name in below if not name.startswith((".", "_"))]
         for name in names:
-            if name.endswith(".parquet") and not name.startswith((".", "_")):
+            if name.endswith(SUFFIXES) and not name.startswith((".", "_")):
                 yield os.path.join(folder, name)
 
 
 def _input_file(fs: Any, info: Mapping[str, Any], asked: str, root: str) -> InputFile:
     local, name = is_local(fs), info["name"]
     path = name if local else _url(fs, name, asked, root)
-    title = re.sub(r"[^A-Za-z0-9._-]+", "_", posixpath.basename(name).removesuffix(".parquet"))[:60]
+    stem, suffix = posixpath.splitext(posixpath.basename(name))
+    title = re.sub(r"[^A-Za-z0-9._-]+", "_", stem if suffix in SUFFIXES else stem + suffix)[:60]
     digest = hashlib.blake2b(path.encode(errors="surrogateescape"), digest_size=8).hexdigest()
     shard = f"{title}-{digest}"
     try:
@@ -308,15 +326,15 @@ class _Watched:
 
 
 class Opened:
-    """A Parquet file of one store, closed on exit.
+    """A file of one store, closed on exit; entered as a pq.ParquetFile or, if `plain`, as what seeks and reads bytes.
 
     Attributes:
         failed: the error of a store that failed to open or read the file; None for a local file, and for one that is
             readable but wrong.
     """
 
-    def __init__(self, path: str, options: Mapping[str, Any]) -> None:
-        self.path, self.options = path, options
+    def __init__(self, path: str, options: Mapping[str, Any], *, plain: bool = False) -> None:
+        self.path, self.options, self._plain = path, options, plain
         self._handle: Any = None
         self._unopened: Exception | None = None
 
@@ -324,10 +342,12 @@ class Opened:
     def failed(self) -> Exception | None:
         return self._unopened or getattr(self._handle, "failed", None)
 
-    def __enter__(self) -> pq.ParquetFile:
+    def __enter__(self) -> Any:
         """Raises InputError for what is no Parquet file, and for a store that fails; MemoryError."""
         try:
             buffer = self._open()
+            if self._plain:
+                return self._handle
             return pq.ParquetFile(self._handle, buffer_size=buffer, pre_buffer=False)
         except MemoryError:
             self.__exit__()
@@ -335,7 +355,7 @@ class Opened:
         except Exception as error:  # every store raises its own kinds
             self.__exit__()
             unread = self.failed or (isinstance(error, OSError) and error.errno is not None)
-            what = "cannot be read" if unread else "not readable as Parquet"
+            what = "cannot be read" if unread or self._plain else "not readable as Parquet"
             raise InputError(f"{self.path}: {what}: {one_line(error)}") from error
 
     def _open(self) -> int:
@@ -360,23 +380,36 @@ class Opened:
 def read_parquet(
     path: str, options: Mapping[str, Any], read: Callable[[pq.ParquetFile], T], pauses: Sequence[float] = PAUSES
 ) -> T:
-    """What `read` makes of a Parquet file, opened and read anew where its store fails.
+    """What `read` makes of a Parquet file; as :func:`read_file`."""
+    return read_file(path, options, read, pauses, plain=False)
+
+
+def read_file(
+    path: str,
+    options: Mapping[str, Any],
+    read: Callable[[Any], T],
+    pauses: Sequence[float] = PAUSES,
+    *,
+    plain: bool = True,
+) -> T:
+    """What `read` makes of a file, opened and read anew where its store fails.
 
     A store whose failure will not pass (capfilt.stores.transient) is not asked again: it may list what it lets no one
     read.
 
     Args:
         pauses: seconds to wait before each further try.
+        plain: see :class:`Opened`.
 
     Raises:
         InputError: the file is not Parquet or cannot be decoded, or its store keeps failing; or `read` raises it.
         MemoryError: there is no memory to read into; the file is not to blame.
     """
     for seconds in (*pauses, None):
-        opened = Opened(path, options)
+        opened = Opened(path, options, plain=plain)
         try:
-            with opened as parquet:
-                return read(parquet)
+            with opened as file:
+                return read(file)
         except MemoryError:  # Arrow's own is one, too
             raise
         except Exception as error:  # every store raises its own kinds

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from capfilt.dataset import CuratedDataset
     from capfilt.demo import Findings
     from capfilt.diff import Diff
+    from capfilt.export.driver import ExportSummary
     from capfilt.holder import Standing
     from capfilt.pipelines.bootstrap import BootstrapSummary
     from capfilt.pipelines.curate import Summary
@@ -220,6 +221,17 @@ def print_ingest(summary: IngestSummary) -> None:
     if summary.stale:
         say(f"{summary.stale:,} shards, whose rows the list has no longer, were moved to {summary.output}/_stale")
     say(f"shards: {summary.output}; point input.paths of a `curate` spec there")
+
+
+def print_export(summary: ExportSummary) -> None:
+    """What an export wrote."""
+    if summary.nothing:
+        say(f"nothing to do: {summary.output} holds this export already")
+    else:
+        again = f"; {summary.resumed:,} of them an earlier try had written" if summary.resumed else ""
+        say(f"{summary.files:,} files, {summary.bytes:,} bytes, in {summary.elapsed:,.1f} s{again}")
+    texts = ", ".join(f"{count:,} {source}" for source, count in summary.sources.items())
+    say(f"{summary.rows:,} rows of version {summary.version} in {summary.output}; texts: {texts}")
 
 
 def print_demo(quality: DatasetQuality, found: Findings) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from capfilt.errors import ImageError, InputError
-from capfilt.fragments import Fragment, Row, cut, read_footer, read_rows
+from capfilt.fragments import Row, cut, read_footer, read_rows
 from capfilt.images import decode
 from capfilt.inputs import list_inputs
 from capfilt.schema import Reason
@@ -79,7 +79,7 @@ def _rows(pairs: Input) -> Iterator[Row]:
     for file in list_inputs(pairs):
         footer = read_footer(file, pairs.columns, pairs.storage_options)
         for start, stop in cut(footer.row_groups, _FRAGMENT_ROWS):
-            yield from read_rows(Fragment(file, footer.layout, start, stop, footer.rows), pairs.storage_options)
+            yield from read_rows(footer.fragment(file, start, stop), pairs.storage_options)
 
 
 def _place(row: Row, found: dict[str, LabelledImage], unusable: dict[str, Reason], limits: Images) -> Reason | None:

@@ -319,5 +319,5 @@ def rows_named(
             f"{file.path}: has no column to compare with the lists of what is withdrawn; name it with "
             "input.columns.url or input.columns.key"
         )
-    names = read_names(file, layout, footer.rows, options, pauses)
+    names = read_names(file, footer, options, pauses)
     return tuple(row.row for row in names if lists.hold(row.url, row.key))

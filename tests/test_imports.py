@@ -19,7 +19,8 @@ LAYERS = [
     {
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "pace", "toyweb", "examples"),
         *("stores", "truth", "testset", "quality", "tables", "demo", "holder", "lease", "records", "submit", "report"),
-        *("view", "opener", "lists", "url_shards", "account", "shard_store", "ingest"),
+        *("tars", "arrow_streams", "export", "view"),
+        *("opener", "lists", "url_shards", "account", "shard_store", "ingest"),
         *("withdrawn", "retention", "diff"),
     },
     {"models"},

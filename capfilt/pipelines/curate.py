@@ -26,7 +26,7 @@ from rich.console import Console
 from capfilt.dataset import Counts, CuratedDataset, Provenance, ShardCommit, ShardFiles
 from capfilt.errors import CapfiltError, ConflictError, DatasetError, ErrorBudgetError, InputError
 from capfilt.fingerprints import Fingerprints, run_fingerprints
-from capfilt.fragments import Footer, Fragment, Layout, cut, read_footer
+from capfilt.fragments import Footer, Fragment, cut, read_footer
 from capfilt.inputs import InputFile
 from capfilt.lease import Lease
 from capfilt.logs import event
@@ -251,7 +251,7 @@ class _Driver:
         self._receipts: dict[str, list[Receipt]] = {}  # of shards not yet complete
         self._ready: list[_Complete] = []
         self._held: list[_Complete] = []  # over the budget by themselves; committed if the run as a whole is not
-        self._layouts: dict[str, tuple[InputFile, Layout]] = {}
+        self._footers: dict[str, tuple[InputFile, Footer]] = {}
         self._before: dict[str, ShardFiles] = {}  # of shards that restart midway: what is committed
         self._withdrawn: dict[str, tuple[int, ...]] = {}  # rows of a shard; none where it is not among them
         self._paths = {file.shard: file.path for file, _ in plan.todo}
@@ -378,7 +378,7 @@ class _Driver:
                     if isinstance(footer, InputError):
                         self._fail(file.shard, str(footer))
                     else:
-                        self._layouts[file.shard] = (file, footer.layout)
+                        self._footers[file.shard] = (file, footer)
                         self._budget.file_has(footer.rows)
                 self.display.expect(self._budget.all_rows)
                 self._stop_if_sick()
@@ -409,10 +409,10 @@ class _Driver:
 
     def _fragment(self, shard: str, start: int, stop: int, file_rows: int) -> Fragment:
         """Rows of a file whose footer was read; where their captions stay, with the files that hold these."""
-        (file, layout), before = self._layouts[shard], self._before.get(shard, ShardFiles())
+        (file, footer), before = self._footers[shard], self._before.get(shard, ShardFiles())
         spans = {one.path: one.span or (0, file_rows) for one in before.annotations}
         holding = tuple(path for path, (a, b) in spans.items() if a < stop and b > start)
-        return Fragment(file, layout, start, stop, file_rows, holding, self._withdrawn.get(shard, ()))
+        return replace(footer.fragment(file, start, stop, holding), withdrawn=self._withdrawn.get(shard, ()))
 
     def _adopt(self, receipt: Receipt) -> None:
         self.summary.adopted_rows += receipt.rows
@@ -441,7 +441,7 @@ class _Driver:
 
     def _again(self, receipt: Receipt) -> Unit:
         """The work that a receipt says failed."""
-        if receipt.shard in self._layouts:
+        if receipt.shard in self._footers:
             return self._fragment(receipt.shard, receipt.start, receipt.stop, receipt.file_rows)
         file = next(file for file in self.plan.at(receipt.stage) if file.shard == receipt.shard)
         return next(unit for unit in self._redecide(file) if unit.start == receipt.start)

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from capfilt.dataset import DataFile, Provenance, ShardFiles
 from capfilt.decide import Text, decide, row_outcome
 from capfilt.errors import DatasetError, InputError, StoreError
-from capfilt.fragments import Fragment, read_footer, read_rows
+from capfilt.fragments import read_footer, read_rows
 from capfilt.inputs import InputFile, Opened
 from capfilt.pipelines.earlier import read_annotations, table_url, texts_of
 from capfilt.pipelines.job import Job
@@ -258,7 +258,7 @@ def _input_images(job: Job, work: Redecision, wanted: dict[int, str]) -> Iterato
         begin += size
         if not mine:
             continue
-        part = Fragment(work.file, footer.layout, mine[0], mine[-1] + 1, footer.rows)
+        part = footer.fragment(work.file, mine[0], mine[-1] + 1)
         for row in read_rows(part, source.storage_options):
             if row.row not in wanted:
                 continue

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, overload
 
-from capfilt.spec import BootstrapSpec, CurateSpec, EvaluateSpec, IngestSpec, RunSpec, TrainSpec
+from capfilt.spec import BootstrapSpec, CurateSpec, EvaluateSpec, ExportSpec, IngestSpec, RunSpec, TrainSpec
 
 if TYPE_CHECKING:
+    from capfilt.export.driver import ExportSummary
     from capfilt.pipelines.bootstrap import BootstrapSummary
     from capfilt.pipelines.curate import Summary
     from capfilt.pipelines.evaluate import Report
     from capfilt.pipelines.ingest import IngestSummary
     from capfilt.pipelines.train import TrainSummary
 
-    Outcome = Summary | TrainSummary | Report | BootstrapSummary | IngestSummary
+    Outcome = Summary | TrainSummary | Report | BootstrapSummary | ExportSummary | IngestSummary
 
 
 @overload
@@ -26,6 +27,8 @@ def run(spec: EvaluateSpec, **options: Any) -> Report: ...
 def run(spec: BootstrapSpec, **options: Any) -> BootstrapSummary: ...
 @overload
 def run(spec: IngestSpec, **options: Any) -> IngestSummary: ...
+@overload
+def run(spec: ExportSpec, **options: Any) -> ExportSummary: ...
 def run(spec: RunSpec, **options: Any) -> Outcome:
     """Run a spec; imports only what its kind needs."""
     if isinstance(spec, CurateSpec):
@@ -44,6 +47,10 @@ def run(spec: RunSpec, **options: Any) -> Outcome:
         from capfilt.pipelines.ingest import ingest
 
         return ingest(spec, **options)
+    if isinstance(spec, ExportSpec):
+        from capfilt.export.driver import export
+
+        return export(spec, **options)
     from capfilt.pipelines.bootstrap import bootstrap
 
     return bootstrap(spec, **options)

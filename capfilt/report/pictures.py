@@ -20,7 +20,7 @@ from PIL import Image
 
 from capfilt.dataset import CuratedDataset, DataFile
 from capfilt.errors import CapfiltError, ImageError, InputError
-from capfilt.fragments import Fragment, read_footer, read_rows
+from capfilt.fragments import read_footer, read_rows
 from capfilt.images import decode
 from capfilt.inputs import InputFile, list_inputs, read_parquet
 from capfilt.plan import keep_shards
@@ -177,7 +177,7 @@ class Pictures:
             mine = [row for row in rows if begin <= row < begin + count]
             if mine:
                 self.budget.take(size * (max(mine) + 1 - begin) // count)
-                part = Fragment(file, footer.layout, min(mine), max(mine) + 1, footer.rows)
+                part = footer.fragment(file, min(mine), max(mine) + 1)
                 for row in read_rows(part, source.storage_options, pauses=()):
                     if row.row in rows and row.image is not None:
                         yield row.row, row.image

@@ -16,6 +16,7 @@ from capfilt.spec.cards import (
 )
 from capfilt.spec.curation import CurateSpec, Decision, Keep, Sampling
 from capfilt.spec.evaluation import Captioning, EvaluateSpec, EvaluationSettings, Quality, Retrieval, Truth
+from capfilt.spec.export import ExportFormat, ExportSpec, TextRule
 from capfilt.spec.fields import (
     Checkpoint,
     Columns,
@@ -68,6 +69,8 @@ __all__ = [
     "Download",
     "EvaluateSpec",
     "EvaluationSettings",
+    "ExportFormat",
+    "ExportSpec",
     "FilterCard",
     "FilterSettings",
     "FinetuneCaptionerSpec",
@@ -92,6 +95,7 @@ __all__ = [
     "Retrieval",
     "RunSpec",
     "Sampling",
+    "TextRule",
     "TextTower",
     "Thresholds",
     "ThresholdsOverride",

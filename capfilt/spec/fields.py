@@ -147,7 +147,8 @@ class Input(Model):
     """What to curate."""
 
     paths: tuple[Location, ...] = Field(
-        min_length=1, description="Parquet files, globs or directories, local or any fsspec URL."
+        min_length=1,
+        description="Parquet, .tar (WebDataset) or .arrow files, globs or directories, local or any fsspec URL.",
     )
     columns: Columns = Field(default=Columns(), description="Column names, where recognition is not enough.")
     storage_options: StorageOptions = Field(

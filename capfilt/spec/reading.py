@@ -16,12 +16,20 @@ from capfilt.spec.bootstrap import BootstrapSpec
 from capfilt.spec.cards import CaptionerCard, FilterCard, ModelCard
 from capfilt.spec.curation import CurateSpec
 from capfilt.spec.evaluation import EvaluateSpec
+from capfilt.spec.export import ExportSpec
 from capfilt.spec.fields import absolute
 from capfilt.spec.ingestion import IngestSpec
 from capfilt.spec.training import FinetuneCaptionerSpec, FinetuneFilterSpec, PretrainSpec
 
 RunSpec = (
-    CurateSpec | PretrainSpec | FinetuneCaptionerSpec | FinetuneFilterSpec | EvaluateSpec | BootstrapSpec | IngestSpec
+    CurateSpec
+    | PretrainSpec
+    | FinetuneCaptionerSpec
+    | FinetuneFilterSpec
+    | EvaluateSpec
+    | BootstrapSpec
+    | ExportSpec
+    | IngestSpec
 )
 """One spec for each kind of run."""
 
@@ -33,6 +41,7 @@ _KINDS: dict[str, type[RunSpec]] = {
     "evaluate": EvaluateSpec,
     "bootstrap": BootstrapSpec,
     "ingest": IngestSpec,
+    "export": ExportSpec,
 }
 _CARDS = ("captioner", "filter", "start")
 """Fields that hold a card, or its path."""

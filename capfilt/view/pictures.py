@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from capfilt.dataset import CuratedDataset, DataFile
 from capfilt.errors import CapfiltError
-from capfilt.fragments import Fragment, read_footer, read_rows
+from capfilt.fragments import read_footer, read_rows
 from capfilt.images import image_format
 from capfilt.inputs import InputFile, list_inputs, read_parquet
 from capfilt.plan import keep_shards
@@ -98,7 +98,7 @@ class Pictures:
         footer = read_footer(file, source.columns, source.storage_options, _PAUSES)
         if row >= footer.rows:
             raise NoPictureError(f"{file.path} has no row {row}")
-        fragment = Fragment(file, footer.layout, row, row + 1, footer.rows)
+        fragment = footer.fragment(file, row, row + 1)
         (found,) = read_rows(fragment, source.storage_options, pauses=_PAUSES)
         if not found.readable:
             raise NoPictureError(f"{file.path}: {found.note}")
