@@ -14,7 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -365,7 +365,8 @@ def diff(
     from capfilt.diff import ChangedRows, diff
 
     dataset = CuratedDataset.for_reading(*_place(output))
-    with ChangedRows(rows) if rows else nullcontext() as sink:
+    with ExitStack() as stack:
+        sink = stack.enter_context(ChangedRows(rows)) if rows else None
         found = diff(dataset, before, after, sink.write if sink else None)
     if as_json:
         typer.echo(json.dumps(found.as_json(), indent=1))

@@ -102,7 +102,8 @@ def read_lists(spec: Withdrawn) -> Lists:
     Raises:
         InputError: a list is not there, cannot be read, or is of no known kind; names it.
     """
-    whole, names = hashlib.blake2b(digest_size=16), []
+    whole = hashlib.blake2b(digest_size=16)
+    names: list[frozenset[str]] = []
     for places, column in ((spec.urls, spec.url_column), (spec.keys, spec.key_column)):
         own: set[Any] = set()
         for path in [path for place in places for path in _found(place, spec)]:

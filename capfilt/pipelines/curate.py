@@ -324,7 +324,7 @@ class _Driver:
             same = state is not None and state.provenance.input_id == file.input_id
             return job.stage if same else None
         why = why_stale(file, job.fingerprints, state)
-        return why and why.stage
+        return None if why is None else why.stage
 
     def _know_withdrawn(self, shards: Sequence[str], hits: Mapping[str, Sequence[int]]) -> None:
         """Which rows of committed shards were withdrawn, or are to be."""
