@@ -59,7 +59,7 @@ DIRECTORIES = {ANNOTATIONS: "annotations", PAIRS: "pairs", QUARANTINE: "_runs/qu
 _APP = "capfilt"
 _FOLLOWERS = (PAIRS, QUARANTINE)
 _CLOSED = "closed"
-_RESERVED = {"quarantine", "receipts", "lease", _CLOSED}  # folders of _runs/ that are no run's
+_RESERVED = {"quarantine", "receipts", "lease", "withdrawn", _CLOSED}  # folders of _runs/ that are no run's
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _FILE_NAME = re.compile(r"(?P<start>\d+)-(?P<stop>\d+)-(?P<run>.+)-[^-]+\.parquet")
 _FOREVER = "interval 36500 days"
@@ -210,7 +210,7 @@ class CuratedDataset:
     def __init__(self, output: str, options: Mapping[str, Any]) -> None:
         """Touches nothing; use :meth:`for_reading` or :meth:`for_writing`."""
         self.output = output.rstrip("/")
-        self._options = dict(options)
+        self.options = self._options = dict(options)
         self._delta_options = delta_options(output, options)
         self._tables: dict[str, DeltaTable] = {}
         self._transaction: int | None = None  # the number this writer builds on; None for a reader
@@ -259,7 +259,13 @@ class CuratedDataset:
     @classmethod
     def committed_in(cls, output: str, options: Mapping[str, Any]) -> dict[str, ShardState]:
         """What :meth:`committed` would say after opening; nothing if there is no dataset yet."""
-        return cls.for_reading(output, options).committed() if cls(output, options)._exists() else {}
+        dataset = cls.if_any(output, options)
+        return dataset.committed() if dataset else {}
+
+    @classmethod
+    def if_any(cls, output: str, options: Mapping[str, Any]) -> Self | None:
+        """As :meth:`for_reading`; None if there is no dataset yet."""
+        return cls.for_reading(output, options) if cls(output, options)._exists() else None
 
     # --- runs ---
 
@@ -273,6 +279,13 @@ class CuratedDataset:
     def write_run_file(self, run: str, name: str, record: Mapping[str, Any]) -> None:
         """Write `_runs/<run>/<name>` as JSON, without secrets."""
         self._put(f"_runs/{run}/{name}", json.dumps(redacted(record), indent=2).encode())
+
+    def remove_pages(self) -> None:
+        """Delete the pages (.html) that runs left in their folders: they may show rows that are withdrawn by now."""
+        for run in self._names("_runs") - _RESERVED:
+            for name in self._names(f"_runs/{run}"):
+                if name.endswith(".html"):
+                    self._delete(f"_runs/{run}/{name}")
 
     def runs(self, last: int | None = None) -> list[RunRecord]:
         """What runs left on record, the newest first; all if `last` is None."""
@@ -340,6 +353,16 @@ class CuratedDataset:
             for shard, of in found.items()
         }
 
+    def annotation_paths(self, version: int | None = None) -> list[str]:
+        """The files of a version of the annotations, from the log alone; as opened if `version` is None.
+
+        Raises:
+            DatasetError: there is no such version.
+        """
+        delta = self._tables[ANNOTATIONS] if version is None else self._at(ANNOTATIONS, version)
+        paths: list[str] = pa.table(delta.get_add_actions())["path"].to_pylist()
+        return paths
+
     def commit(self, shards: Sequence[ShardCommit]) -> int:
         """Make whole shards part of the dataset, each in place of whatever it held under that name: all, or none.
 
@@ -375,15 +398,16 @@ class CuratedDataset:
             self._roll_forward(table, intent)
         return version
 
-    def vacuum(self, retain_hours: float | None = None) -> int:
+    def vacuum(self, retain_hours: float | None = None, keep: Sequence[Mapping[str, int]] = ()) -> int:
         """Delete files that no version names, and with `retain_hours` those replaced longer ago than that.
 
         Stops every other run that is writing to the output (the module's docstring says how), and takes the caller's
-        own uncommitted files, too. After it, if nothing was ever replaced or `retain_hours` is 0, a reader of a table's
-        `shard=*/*.parquet` sees exactly the newest version.
+        own uncommitted files, too. After it, if nothing was ever replaced or `retain_hours` is 0 and `keep` empty, a
+        reader of a table's `shard=*/*.parquet` sees exactly the newest version.
 
         Args:
             retain_hours: None keeps every version readable.
+            keep: versions, by table, of which no file is deleted, however old.
 
         Returns:
             Number of files deleted.
@@ -396,14 +420,20 @@ class CuratedDataset:
         for run in sorted(runs - self.closed_runs()):
             self._put(f"_runs/{_CLOSED}/{run}", b"")
         self.commit([])
-        doomed = []
+        doomed = self.replaced(retain_hours, keep) if retain_hours is not None else []
         for table, delta in self._tables.items():
-            replaced = _vacuumable(delta, 0, full=False)
-            files = {path for path in _vacuumable(delta, 0, full=True) - replaced if _run_of(path) in runs}
-            if retain_hours is not None:
-                files |= _vacuumable(delta, math.ceil(retain_hours), full=False)
-            doomed += [f"{DIRECTORIES[table]}/{path}" for path in files]
+            unnamed = _vacuumable(delta, 0, full=True) - _vacuumable(delta, 0, full=False)
+            doomed += [f"{DIRECTORIES[table]}/{path}" for path in unnamed if _run_of(path) in runs]
         return sum(self._delete(path) for path in doomed)
+
+    def replaced(self, hours: float, keep: Sequence[Mapping[str, int]] = ()) -> list[str]:
+        """Files there that were replaced so many hours ago or earlier; not those of the versions to keep, by table."""
+        found = []
+        for table, delta in self._tables.items():
+            old = _vacuumable(delta, math.ceil(hours), full=False, keep=[version[table] for version in keep])
+            if old:  # the log names for ever what it replaced
+                found += [f"{DIRECTORIES[table]}/{path}" for path in sorted(old & self._there(table))]
+        return found
 
     # --- reading ---
 
@@ -641,6 +671,18 @@ class CuratedDataset:
         with blamed(f"{self.output}/{path}: cannot be written"):
             persist(lambda: fs.pipe_file(f"{root}/{path}", data))
 
+    def _there(self, table: str) -> set[str]:
+        """The files in a table's directory, whichever version names them."""
+        fs, root = self._filesystem()
+        folder = f"{root}/{DIRECTORIES[table]}"
+
+        def names() -> set[str]:
+            fs.invalidate_cache()
+            return {path.removeprefix(f"{folder}/") for path in fs.find(folder)}
+
+        with blamed(f"{self._uri(table)}: cannot be listed"):
+            return persist(names)
+
     def _delete(self, path: str) -> bool:
         """Delete a file under the output; False if it was gone, as by a vacuum, which no log need tell."""
         fs, root = self._filesystem()
@@ -715,6 +757,10 @@ def _removes(held: pa.Table, wanted: Container[str]) -> list[RemoveAction]:
     ]
 
 
-def _vacuumable(delta: DeltaTable, hours: int, *, full: bool) -> set[str]:
+def _vacuumable(delta: DeltaTable, hours: int, *, full: bool, keep: Sequence[int] = ()) -> set[str]:
     """Files replaced `hours` ago or earlier and, if full, those in the directory that no version names."""
-    return set(persist(lambda: delta.vacuum(hours, dry_run=True, enforce_retention_duration=False, full=full)))
+    versions = list(keep) or None
+    look = partial(
+        delta.vacuum, hours, dry_run=True, enforce_retention_duration=False, full=full, keep_versions=versions
+    )
+    return set(persist(look))

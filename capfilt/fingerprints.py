@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,8 @@ SCORE_CODE = 2
 
 DECIDE_CODE = 1
 """Raise it when the rules of capfilt.decide change any decision."""
+
+_WITHDRAWN = re.compile(r"-[0-9a-f]{16}")
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -43,7 +47,8 @@ class Fingerprints:
         caption: of each captioner in order weights, prompt and image size; sampling, preprocessing, image column.
         score: caption, of each filter in order weights and how it reads a text, text column, columns that are recorded
             (these change no score, but are read from the input, which a decision from the scores on record is not).
-        decide: score, thresholds, how filters decide together, which texts stay.
+        decide: score, thresholds, how filters decide together, which texts stay. On record it has, where rows of the
+            shard are withdrawn, a digest of these behind it.
     """
 
     caption: str
@@ -101,6 +106,17 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
         keep=spec.keep,
     )
     return Fingerprints(caption, score, decide)
+
+
+def with_withdrawn(decide: str, rows: Sequence[int]) -> str:
+    """The decide fingerprint of a shard of which these rows are withdrawn, if any: with `-` and a digest of them."""
+    own = without_withdrawn(decide)
+    return f"{own[:16]}-{_digest(withdrawn=sorted(rows))}{own[16:]}" if rows else own
+
+
+def without_withdrawn(decide: str) -> str:
+    """A decide fingerprint without what it says of withdrawn rows."""
+    return _WITHDRAWN.sub("", decide)
 
 
 def fingerprint(checkpoint: HubCheckpoint | LocalCheckpoint) -> str:

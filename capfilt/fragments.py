@@ -35,6 +35,8 @@ _SLICES = 8
 _ROWS_PER_BYTE = 1_000
 """Claimed by a footer. A million nulls have 250; a lie may have any, and each row is accounted for."""
 
+_NAMES = 4096  # rows whose URLs and keys are read at a time
+
 _REREADS = 3  # a page that fails to decode so many times in a row is corrupt, not unlucky
 
 
@@ -76,6 +78,7 @@ class Fragment:
 
     Attributes:
         annotations: committed files that hold their captions, where these stay; paths within the table.
+        withdrawn: rows of the file that their owners withdrew.
     """
 
     file: InputFile
@@ -84,6 +87,7 @@ class Fragment:
     stop: int
     file_rows: int
     annotations: tuple[str, ...] = ()
+    withdrawn: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -321,6 +325,23 @@ def read_rows(
             yield from (Row(number, note=note, readable=False) for number in range(position, group_stop))
             position, failures = group_stop, 0
     _refuse_changed(fragment.file, options, pauses)
+
+
+def read_names(
+    file: InputFile, layout: Layout, rows: int, options: Mapping[str, Any], pauses: Sequence[float] = PAUSES
+) -> Iterator[Row]:
+    """A file's rows with URL and key alone, of the columns that are read; `readable` where :func:`read_rows` finds them
+    so, or more often: it reads more columns, of which one may be corrupt.
+
+    Raises:
+        InputError, MemoryError: as :func:`read_rows`.
+    """
+    name = layout.url or layout.key or ""
+    bare = replace(layout, image=name, text=name, status=None, error=None, sha256=None)
+    whole = Fragment(file, bare, 0, rows, rows)
+    found = [row for row in read_rows(whole, options, _NAMES, pauses) if row.readable]
+    # One by one, up to a page that is corrupt: the batch that holds it was given up as a whole.
+    return iter(found) if len(found) == rows else read_rows(whole, options, 1, pauses)
 
 
 def _refuse_changed(file: InputFile, options: Mapping[str, Any], pauses: Sequence[float]) -> None:

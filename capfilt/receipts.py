@@ -13,12 +13,14 @@ import re
 import uuid
 from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from capfilt.dataset import DIRECTORIES, Counts, DataFile, Provenance, ShardCommit
+from capfilt.fingerprints import without_withdrawn
 from capfilt.inputs import is_local
 from capfilt.plan import Stage
 from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE
@@ -72,15 +74,12 @@ class Receipt(BaseModel):
         """Rows covered."""
         return self.stop - self.start
 
-    def same_work(self, other: Provenance) -> bool:
-        """Whether `other`, of another run, would produce the same rows."""
-        mine = self.provenance
-        return (mine.input_id, mine.caption_fingerprint, mine.score_fingerprint, mine.decide_fingerprint) == (
-            other.input_id,
-            other.caption_fingerprint,
-            other.score_fingerprint,
-            other.decide_fingerprint,
-        )
+    def same_work(self, other: Provenance, *, any_withdrawn: bool = False) -> bool:
+        """Whether `other`, of another run, would produce the same rows; or might, but for those that are withdrawn."""
+        mine = replace(self.provenance, run=other.run)
+        if any_withdrawn and without_withdrawn(mine.decide_fingerprint) == without_withdrawn(other.decide_fingerprint):
+            mine = replace(mine, decide_fingerprint=other.decide_fingerprint)
+        return mine == other
 
 
 def shard_commit(receipts: Sequence[Receipt]) -> ShardCommit:
@@ -155,6 +154,7 @@ def adopt(
 
     Returns:
         By shard, receipts in order of rows that do the wanted work, do not overlap, and whose files are all there.
+        Which rows they take for withdrawn is for the caller to compare: see :meth:`Receipt.same_work`.
 
     Raises:
         StoreError: the store keeps failing.
@@ -178,7 +178,8 @@ def _load(fs: Any, root: str, name: str, wanted: Mapping[str, Provenance], close
     """A stored receipt that does the wanted work and whose files are whole, else None: then the work is done again."""
     try:
         receipt = Receipt.model_validate_json(fs.cat_file(name))
-        if receipt.provenance.run in closed or not receipt.same_work(wanted[receipt.shard]):
+        own = wanted[receipt.shard]
+        if receipt.provenance.run in closed or not receipt.same_work(own, any_withdrawn=True):
             return None
         if sum(file.kept for file in receipt.annotations) != receipt.counts.kept:  # an older version did not count them
             return None

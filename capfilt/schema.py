@@ -38,6 +38,7 @@ class Reason(StrEnum):
     NO_IMAGE = "no_image"  # the row came without an image (a failed download, say)
     NO_TEXT = "no_text"  # nothing to judge: no web text, and the captioners wrote nothing
     NO_MATCH = "no_match"  # texts were judged, none was kept
+    WITHDRAWN = "withdrawn"  # on a list of what owners withdrew; nothing that the row held is kept
     # rows: errors
     EMPTY_IMAGE = "empty_image"  # zero bytes
     NOT_AN_IMAGE = "not_an_image"  # HTML, SVG, text, an unknown or unsupported format
@@ -116,7 +117,7 @@ ANNOTATION_FILE_SCHEMA = pa.schema(
         pa.field("status", pa.string()),  # Status
         pa.field("reason", pa.string()),  # Reason, null where kept
         pa.field("detail", pa.string()),  # of an error, one line for a person; null unless an error
-        pa.field("note", pa.string()),  # what the input says of a missing image (img2dataset's status and error)
+        pa.field("note", pa.string()),  # what the input says of a missing image; of a withdrawn row, its digests
         pa.field("texts", pa.list_(TEXT_STRUCT)),  # every text: web first, then each captioner's candidates, in order
         pa.field("seed", pa.int64()),
         pa.field("caption_fingerprint", pa.string()),

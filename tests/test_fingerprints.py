@@ -101,6 +101,8 @@ CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("fragment_rows", 7, NONE),
     ("max_error_fraction", 0.5, NONE),
     ("lease_seconds", 30, NONE),
+    ("withdrawn", {"urls": ["/gone.txt"]}, NONE),  # of the shards alone that a list hits
+    ("retention", {"days": 30}, NONE),
     ("ray", {"num_cpus": 1}, NONE),
     ("output", "/elsewhere", NONE),
     ("input", {"paths": ["/other"]}, NONE),

@@ -541,7 +541,8 @@ def test_a_file_that_kills_its_workers_is_given_up_and_the_others_of_its_batch_a
     changed = spec.model_copy(update={"thresholds": Thresholds(web=0.6, synthetic=0.3)})
     dataset, files = CuratedDataset.for_writing(spec.output, {}), list_inputs(spec.input)
     held = dataset.files([file.shard for file in files])
-    units: list[Any] = [unit for file in files for unit in redecisions(file, held[file.shard])]
+    was = {shard: state.provenance for shard, state in dataset.committed().items()}
+    units: list[Any] = [unit for file in files for unit in redecisions(file, held[file.shard], was[file.shard])]
     units[1] = Deadly(units[1])
     job = Job(changed, run_fingerprints(changed), "run", Stage.DECIDE)
     receipts = [receipt for finished in run_tasks(job, iter(units)) for receipt in finished]

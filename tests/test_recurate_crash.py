@@ -1,4 +1,4 @@
-"""Crash proof of restarts midway: `capfilt run` with new thresholds, or another filter, killed again and again."""
+"""Crash proof of restarts midway: `capfilt run` with new thresholds, another filter or withdrawn rows, killed."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from capfilt.receipts import RECEIPTS
 from capfilt.spec import load_spec
 
 CHANGES = {
+    Stage.WITHDRAW: ["withdrawn={urls: [FOLDER/withdrawn.txt], keys: [FOLDER/withdrawn.txt]}"],
     Stage.DECIDE: ["thresholds={web: 0.497, synthetic: 0.5}", "keep=all-above-threshold"],
     Stage.SCORE: ['filters.0.first_token="[CLS]"'],
 }
@@ -48,7 +49,13 @@ def site(tmp_path_factory: pytest.TempPathFactory, ray_folder: Path) -> Site:
     """800 rows in 8 shards, curated once into `base`, in files of few rows."""
     site = build(tmp_path_factory.mktemp("site"), ray_folder, images=800, shards=8)
     in_one_go(site, site.folder / "base", ["fragment_rows=5"])
+    rows = [row for (_, number), row in table(site.folder / "base", "annotations").items() if number % 9 == 4]
+    (site.folder / "withdrawn.txt").write_text("".join(f"{row['url'] or row['key']}\n" for row in rows))
     return site
+
+
+def changes(site: Site, stage: Stage) -> list[str]:
+    return [change.replace("FOLDER", str(site.folder)) for change in CHANGES[stage]]
 
 
 def in_one_go(site: Site, output: Path, overrides: list[str]) -> None:
@@ -79,10 +86,10 @@ def check_between(output: Path, before: dict[str, Rows], after: dict[str, Rows])
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("stage", [Stage.DECIDE, Stage.SCORE])
+@pytest.mark.parametrize("stage", [Stage.WITHDRAW, Stage.DECIDE, Stage.SCORE])
 def test_kills_change_nothing(site: Site, stage: Stage) -> None:
     fresh, output = site.folder / f"{stage}-fresh", site.folder / f"{stage}"
-    in_one_go(site, fresh, CHANGES[stage])
+    in_one_go(site, fresh, changes(site, stage))
     before, after = whole(site.folder / "base"), whole(fresh)
     changed = sum(row != before["annotations"][identity] for identity, row in after["annotations"].items())
     assert changed == len(before["annotations"])  # their fingerprints at the least
@@ -93,7 +100,7 @@ def test_kills_change_nothing(site: Site, stage: Stage) -> None:
     hits: list[Strike] = []
     ghosts: list[Driver] = []
     for attempt in range(40):
-        driver = site.driver(output, f"{stage}-{attempt}", CHANGES[stage])
+        driver = site.driver(output, f"{stage}-{attempt}", changes(site, stage))
         ghosts.append(driver)
         over = True
         with driver:

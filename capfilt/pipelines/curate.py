@@ -13,7 +13,7 @@ import pickle
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +22,7 @@ from typing import Any
 
 from rich.console import Console
 
-from capfilt.dataset import Counts, CuratedDataset, ShardCommit, ShardFiles
+from capfilt.dataset import Counts, CuratedDataset, Provenance, ShardCommit, ShardFiles
 from capfilt.errors import CapfiltError, ConflictError, DatasetError, ErrorBudgetError, InputError
 from capfilt.fingerprints import Fingerprints, run_fingerprints
 from capfilt.fragments import Footer, Fragment, Layout, cut, read_footer
@@ -36,14 +36,18 @@ from capfilt.pipelines.metrics import DriverMetrics
 from capfilt.pipelines.progress import Display
 from capfilt.pipelines.redecide import Redecision, redecide, redecisions
 from capfilt.pipelines.session import connected, interrupt, interruptible, lacking, quiet, surroundings, uninterrupted
+from capfilt.pipelines.telemetry import telemetry
 from capfilt.pipelines.watching import EventLog, Watcher, Watchers
-from capfilt.plan import Plan, Stage, make_plan, why_stale
+from capfilt.pipelines.withdraw import withdrawn_from
+from capfilt.plan import Plan, Stage, plan_run, why_stale
 from capfilt.receipts import Receipt, adopt, discard, gaps, shard_commit, unfinished
 from capfilt.records import SUMMARY
+from capfilt.retention import due, thin
 from capfilt.spec import CurateSpec
 from capfilt.terminal import say
 from capfilt.throughput import Throughput
 from capfilt.weights import inspect
+from capfilt.withdrawn import compared, has_withdrawn, rows_named, withdrawn_rows
 
 WINDOW = 10_000
 """Fragments handed to Ray at a time: the driver pays about 13 KB for each."""
@@ -65,7 +69,7 @@ class Summary:
     """What a run did.
 
     Attributes:
-        counts: rows of the shards this run committed.
+        counts: rows of the shards this run committed; twice those of one that lost withdrawn rows and was then redone.
         reasons: rows by reason, and texts by source and reason, of those shards.
         stages: what was done by the stage at which shards restarted, cheapest first.
         seconds: by stage, over all workers.
@@ -127,16 +131,16 @@ def curate(
     lease.look()
     fingerprints = run_fingerprints(spec)
     # Planned before anything is made: a mistyped input leaves nothing behind.
-    plan = _plan(spec, fingerprints)
+    plan = plan_run(spec, fingerprints)
     if load is load_models:
         for captioner in spec.captioners if plan.at(Stage.CAPTION) else ():
             inspect(captioner)
         for filter_ in spec.filters if plan.models else ():
             inspect(filter_)
-    work = bool(plan.todo) or unfinished(spec.output, spec.output_options)
+    work = bool(plan.todo) or unfinished(spec.output, spec.output_options) or _versions_go(spec)
     with lease if work else nullcontext():
         if lease.contended:
-            plan = _plan(spec, fingerprints)
+            plan = plan_run(spec, fingerprints)
         dataset = CuratedDataset.for_writing(spec.output, spec.output_options)
         if lease.unsure:
             dataset.commit([])  # whoever had the lease, and may yet wake, can commit no more
@@ -146,15 +150,14 @@ def curate(
                 dataset.register(run, _record(spec, fingerprints, plan))
                 event("run_started", run=run, output=spec.output, shards=len(plan.todo), up_to_date=len(plan.done))
                 job = Job(spec, fingerprints, run)
-                display = Display(console, spec.placement.max_actors, run=run)
-                watchers = Watchers(
-                    display, DriverMetrics(run, spec.ray.watched, partial(_tell, console)), EventLog(run)
-                )
-                with interruptible(), display:
+                display, tell = Display(console, spec.placement.max_actors, run=run), partial(_tell, console)
+                with telemetry(run, spec.output, tell) as traced, interruptible(), display:
+                    watchers = Watchers(display, DriverMetrics(run, spec.ray.watched, tell), EventLog(run), traced)
                     if plan.todo:
                         _Driver(job, dataset, plan, watchers, summary, lease).run(execute or on_ray, load)
-                    dataset.vacuum()
+                    thin(dataset, spec.retention)
                     discard(spec.output, spec.output_options, dataset.closed_runs())
+            _compared(dataset, plan, summary)
             summary.outcome = "done"
             return summary
         except BaseException as error:
@@ -179,8 +182,18 @@ def _tell(console: Console, line: str) -> None:
     say(f"capfilt: {line}", console)
 
 
-def _plan(spec: CurateSpec, fingerprints: Fingerprints) -> Plan:
-    return make_plan(spec, fingerprints, CuratedDataset.committed_in(spec.output, spec.output_options))
+def _versions_go(spec: CurateSpec) -> bool:
+    """Whether there are old versions that the spec lets go, though nothing else be to do."""
+    dataset = CuratedDataset.if_any(spec.output, spec.output_options) if spec.retention else None
+    return dataset is not None and spec.retention is not None and due(dataset, spec.retention)
+
+
+def _compared(dataset: CuratedDataset, plan: Plan, summary: Summary) -> None:
+    """Put on record that the lists of what is withdrawn need no comparison any more, if all that they hit is done."""
+    lists, mine = plan.withdrawals.lists, plan.withdrawals
+    left = [file for file, _ in plan.todo if file.path in summary.failures]
+    if lists is not None and not any(file.shard in mine.hits or file.shard in mine.returned for file in left):
+        compared(dataset, lists)
 
 
 def _record(spec: CurateSpec, fingerprints: Fingerprints, plan: Plan) -> dict[str, Any]:
@@ -233,6 +246,7 @@ class _Driver:
         self._held: list[_Complete] = []  # over the budget by themselves; committed if the run as a whole is not
         self._layouts: dict[str, tuple[InputFile, Layout]] = {}
         self._before: dict[str, ShardFiles] = {}  # of shards that restart midway: what is committed
+        self._withdrawn: dict[str, tuple[int, ...]] = {}  # rows of a shard; none where it is not among them
         self._paths = {file.shard: file.path for file, _ in plan.todo}
         self._retry: list[Unit] | None = []  # failed once; None when a failure is final
         self._closed = dataset.closed_runs()
@@ -247,6 +261,10 @@ class _Driver:
         for stage in Stage:
             if self.plan.at(stage):
                 self._restart_at(replace(self.job, stage=stage), execute, load)
+                if stage is Stage.WITHDRAW:  # of what is left of these shards, other stages may be stale
+                    self._commit()
+                    self.dataset.remove_pages()
+                    self._committed = self.dataset.committed()
         self._finish()
 
     def _restart_at(self, job: Job, execute: Execute, load: LoadModels) -> None:
@@ -277,35 +295,74 @@ class _Driver:
     def _units(self, job: Job) -> Iterator[Unit]:
         """The work of the plan at a stage, less what earlier runs finished."""
         spec, files = job.spec, self.plan.at(job.stage)
-        wanted = {file.shard: job.provenance(file.input_id) for file in files}
+        self._before, self._withdrawn = {}, {}
+        if job.stage is not Stage.CAPTION:
+            for file in files:  # the plan was made before the dataset was opened for writing
+                if self._stage(job, file) is not job.stage:
+                    raise ConflictError(
+                        f"{spec.output}: another run committed {file.shard} since this one began; run again"
+                    )
+            shards = [file.shard for file in files]
+            self._before = self.dataset.files(shards)
+            self._know_withdrawn(shards, self.plan.withdrawals.hits if job.stage is Stage.WITHDRAW else {})
+        wanted = {file.shard: self._provenance(job, file) for file in files}
         adopted = adopt(spec.output, spec.output_options, wanted, self._closed)
-        if job.stage is Stage.CAPTION:
-            return self._fragments(files, adopted)
-        for file in files:  # the plan was made before the dataset was opened for writing
-            why = why_stale(file, job.fingerprints, self._committed.get(file.shard))
-            if why is None or why.stage is not job.stage:
-                raise ConflictError(
-                    f"{spec.output}: another run committed {file.shard} since this one began; run again"
-                )
-        self._before = self.dataset.files(list(wanted))
-        return self._redecisions(files, adopted) if job.stage is Stage.DECIDE else self._fragments(files, adopted)
+        midway = job.stage in (Stage.WITHDRAW, Stage.DECIDE)
+        return self._redecisions(job, files, adopted) if midway else self._fragments(job, files, adopted)
 
-    def _redecisions(self, files: Iterable[InputFile], adopted: Mapping[str, list[Receipt]]) -> Iterator[Redecision]:
+    def _stage(self, job: Job, file: InputFile) -> Stage | None:
+        """Where a committed shard is to restart, as the dataset is now."""
+        state = self._committed.get(file.shard)
+        if job.stage is Stage.WITHDRAW:  # whatever else it was made with, for its input may be gone
+            same = state is not None and state.provenance.input_id == file.input_id
+            return job.stage if same else None
+        why = why_stale(file, job.fingerprints, state)
+        return None if why is None else why.stage
+
+    def _know_withdrawn(self, shards: Sequence[str], hits: Mapping[str, Sequence[int]]) -> None:
+        """Which rows of committed shards were withdrawn, or are to be."""
+        recorded = withdrawn_rows(self.dataset, [shard for shard in shards if has_withdrawn(self._committed[shard])])
+        for shard in shards:
+            if rows := {*hits.get(shard, ()), *recorded.get(shard, ())}:
+                self._withdrawn[shard] = tuple(sorted(rows))
+
+    def _provenance(self, job: Job, file: InputFile) -> Provenance:
+        """Of a shard as this run is to leave it, by what is known of its withdrawn rows."""
+        rows = self._withdrawn.get(file.shard, ())
+        if job.stage is Stage.WITHDRAW:
+            return withdrawn_from(self._committed[file.shard].provenance, rows, job.run)
+        return job.provenance(file.input_id, rows)
+
+    def _redecisions(
+        self, job: Job, files: Iterable[InputFile], adopted: Mapping[str, list[Receipt]]
+    ) -> Iterator[Redecision]:
         """Annotations files to judge again; of the inputs nothing is read here."""
         for file in files:
             try:
-                units = {(unit.start, unit.stop): unit for unit in redecisions(file, self._before[file.shard])}
+                units = {(unit.start, unit.stop): unit for unit in self._redecide(file)}
             except DatasetError as error:
                 self._fail(file.shard, str(error))
                 continue
             self._budget.file_has(self._committed[file.shard].rows)
             self.display.expect(self._budget.all_rows)
-            for receipt in adopted.get(file.shard, []):
+            for receipt in self._fitting(job, file, adopted):
                 if units.pop((receipt.start, receipt.stop), None):
                     self._adopt(receipt)
             yield from units.values()
 
-    def _fragments(self, files: Iterable[InputFile], adopted: Mapping[str, list[Receipt]]) -> Iterator[Fragment]:
+    def _redecide(self, file: InputFile) -> list[Redecision]:
+        shard = file.shard
+        was = self._committed[shard].provenance
+        return redecisions(file, self._before[shard], was, self._withdrawn.get(shard, ()))
+
+    def _fitting(self, job: Job, file: InputFile, adopted: Mapping[str, list[Receipt]]) -> list[Receipt]:
+        """Earlier receipts of a shard that take the same rows for withdrawn."""
+        own = self._provenance(job, file)
+        return [receipt for receipt in adopted.get(file.shard, []) if receipt.same_work(own)]
+
+    def _fragments(
+        self, job: Job, files: Iterable[InputFile], adopted: Mapping[str, list[Receipt]]
+    ) -> Iterator[Fragment]:
         """Fragments of files, as footers are read."""
         with ThreadPoolExecutor(_FOOTER_THREADS) as pool:
             for chunk in _chunks(files, 4 * _FOOTER_THREADS):
@@ -320,11 +377,16 @@ class _Driver:
                 self._stop_if_sick()
                 for file, footer in footers.items():
                     if isinstance(footer, Footer):
-                        yield from self._to_do(file, footer, adopted.get(file.shard, []))
+                        yield from self._to_do(file, footer, self._fitting(job, file, adopted))
 
     def _footer(self, file: InputFile) -> Footer | InputError:
+        """A file's footer; and, where the spec has lists of them, which of its rows are withdrawn."""
+        source, lists = self.job.spec.input, self.plan.withdrawals.lists
         try:
-            return read_footer(file, self.job.spec.input.columns, self.job.spec.input.storage_options)
+            footer = read_footer(file, source.columns, source.storage_options)
+            if lists and (rows := rows_named(lists, file, footer, source.storage_options)):
+                self._withdrawn[file.shard] = tuple(sorted({*rows, *self._withdrawn.get(file.shard, ())}))
+            return footer
         except InputError as error:
             return error
 
@@ -343,7 +405,7 @@ class _Driver:
         (file, layout), before = self._layouts[shard], self._before.get(shard, ShardFiles())
         spans = {one.path: one.span or (0, file_rows) for one in before.annotations}
         holding = tuple(path for path, (a, b) in spans.items() if a < stop and b > start)
-        return Fragment(file, layout, start, stop, file_rows, holding)
+        return Fragment(file, layout, start, stop, file_rows, holding, self._withdrawn.get(shard, ()))
 
     def _adopt(self, receipt: Receipt) -> None:
         self.summary.adopted_rows += receipt.rows
@@ -374,26 +436,28 @@ class _Driver:
         """The work that a receipt says failed."""
         if receipt.shard in self._layouts:
             return self._fragment(receipt.shard, receipt.start, receipt.stop, receipt.file_rows)
-        file = next(file for file in self.plan.at(Stage.DECIDE) if file.shard == receipt.shard)
-        units = redecisions(file, self._before[receipt.shard])
-        return next(unit for unit in units if unit.start == receipt.start)
+        file = next(file for file in self.plan.at(receipt.stage) if file.shard == receipt.shard)
+        return next(unit for unit in self._redecide(file) if unit.start == receipt.start)
 
     def _count(self, receipt: Receipt) -> None:
         """Add finished work, of this run or adopted, to its shard."""
-        self._budget.saw(receipt)
+        if receipt.stage is not Stage.WITHDRAW:  # whose errors were accounted for when they were made
+            self._budget.saw(receipt)
         receipts = self._receipts.setdefault(receipt.shard, [])
         receipts.append(receipt)
         if sum(r.rows for r in receipts) == receipt.file_rows:
             complete = _Complete(shard_commit(receipts), sum((Counter(r.reasons) for r in receipts), Counter()))
             del self._receipts[receipt.shard]
             over = complete.shard.counts.errors > self.job.spec.max_error_fraction * complete.shard.rows
+            over = over and receipt.stage is not Stage.WITHDRAW
             (self._held if over else self._ready).append(complete)
 
     def _fail(self, shard: str, message: str) -> None:
         """A file that cannot be curated; once, however many of its fragments fail."""
         if self._paths[shard] not in self.summary.failures:
             self.summary.failures[self._paths[shard]] = message
-            self._budget.lost_a_file(self._receipts.pop(shard, []))
+            receipts = self._receipts.pop(shard, [])
+            self._budget.lost_a_file(receipt for receipt in receipts if receipt.stage is not Stage.WITHDRAW)
             self.display.failed(shard, message)
 
     # --- the error budget ---
@@ -465,7 +529,7 @@ def _chunks(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
 
 def in_process(job: Job, units: Iterator[Any], load: LoadModels) -> Generator[list[Receipt], None, None]:
     """Run units in a plain loop, here."""
-    if job.stage is Stage.DECIDE:
+    if job.stage in (Stage.WITHDRAW, Stage.DECIDE):
         yield from ([redecide(job, unit)] for unit in units)
         return
     from capfilt.pipelines.worker import Worker  # torch loads where models do
@@ -482,7 +546,7 @@ def on_ray(job: Job, units: Iterator[Any], load: LoadModels) -> Generator[list[R
         CapfiltError: Ray cannot give one actor what the cards' placement asks for, or a worker raised.
     """
     with connected(job.spec.ray), interruptible():  # in this order: ray.init takes SIGTERM for itself
-        if job.stage is Stage.DECIDE:
+        if job.stage in (Stage.WITHDRAW, Stage.DECIDE):
             yield from _run_tasks(job, units)
             return
         for window in _chunks(units, WINDOW):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from capfilt.dataset import Provenance
 from capfilt.errors import CapfiltError, SpecError
-from capfilt.fingerprints import Fingerprints
+from capfilt.fingerprints import Fingerprints, with_withdrawn
 from capfilt.inputs import InputFile
 from capfilt.plan import Stage
 from capfilt.receipts import Receipt
@@ -98,7 +98,10 @@ def _named(card: CaptionerCard | FilterCard) -> Iterator[None]:
 
 
 class Work(Protocol):
-    """Rows [start, stop) of an input file of `file_rows` rows; `name` is unique within a run."""
+    """Rows [start, stop) of an input file of `file_rows` rows; `name` is unique within a run.
+
+    `withdrawn` are the rows of the whole file that are withdrawn.
+    """
 
     @property
     def file(self) -> InputFile: ...
@@ -112,6 +115,8 @@ class Work(Protocol):
     def rows(self) -> int: ...
     @property
     def name(self) -> str: ...
+    @property
+    def withdrawn(self) -> tuple[int, ...]: ...
 
 
 @dataclass(frozen=True)
@@ -132,14 +137,14 @@ class Job:
         """The spec with the cards of the models that this stage needs: no captioner where captions stay."""
         return self.spec if self.stage is Stage.CAPTION else self.spec.model_copy(update={"captioners": ()})
 
-    def provenance(self, input_id: str) -> Provenance:
-        """Of rows this run makes from an input file."""
+    def provenance(self, input_id: str, withdrawn: Sequence[int] = ()) -> Provenance:
+        """Of rows this run makes from an input file, of whose rows these are withdrawn."""
         fp = self.fingerprints
         return Provenance(
             input_id=input_id,
             caption_fingerprint=fp.caption,
             score_fingerprint=fp.score,
-            decide_fingerprint=fp.decide,
+            decide_fingerprint=with_withdrawn(fp.decide, withdrawn),
             run=self.run,
         )
 
@@ -150,7 +155,7 @@ class Job:
             start=work.start,
             stop=work.stop,
             file_rows=work.file_rows,
-            provenance=self.provenance(work.file.input_id),
+            provenance=self.provenance(work.file.input_id, work.withdrawn),
             stage=self.stage,
             failure=why,
         )

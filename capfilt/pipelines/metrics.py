@@ -44,7 +44,7 @@ METRICS = {
 }
 
 
-_DROPPED = {Reason.NO_IMAGE, Reason.NO_TEXT, Reason.NO_MATCH}
+_DROPPED = {Reason.NO_IMAGE, Reason.NO_TEXT, Reason.NO_MATCH, Reason.WITHDRAWN}
 
 
 def exported() -> bool:

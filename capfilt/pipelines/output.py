@@ -7,16 +7,17 @@ import socket
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from capfilt.dataset import DIRECTORIES, Counts, DataFile
+from capfilt.dataset import DIRECTORIES, Counts, DataFile, Provenance
 from capfilt.decide import Text, best_text
 from capfilt.errors import InputError
 from capfilt.fragments import Row
 from capfilt.pipelines.job import Job, Work
 from capfilt.receipts import Receipt, store
 from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE, SHARD, Reason, Status
+from capfilt.withdrawn import note_of
 from capfilt.writer import ParquetWriter
 
 
@@ -41,6 +42,11 @@ class Item:
     reason: Reason | None = None
     detail: str | None = None
 
+    @classmethod
+    def withdrawn(cls, row: Row) -> Item:
+        """What is left of a row that its owner withdrew."""
+        return cls(Row(row.row, note=note_of(row.url, row.key)), status=Status.DROPPED, reason=Reason.WITHDRAWN)
+
     def fail(self, reason: Reason, detail: str) -> None:
         """Record an error."""
         self.status, self.reason, self.detail = Status.ERROR, reason, detail[:500]
@@ -49,8 +55,10 @@ class Item:
 class Output:
     """The three files of one attempt at a fragment, under names no one else uses."""
 
-    def __init__(self, job: Job, work: Work) -> None:
+    def __init__(self, job: Job, work: Work, provenance: Provenance | None = None) -> None:
+        """`provenance` is the rows' own where they are not made anew."""
         self.job, self.work = job, work
+        self.provenance = provenance or job.provenance(work.file.input_id, work.withdrawn)
         self.counts: Counter[Status] = Counter()
         self.reasons: Counter[str] = Counter()
         self.captions = self.images = self.copied = 0  # see Receipt
@@ -58,14 +66,9 @@ class Output:
         self._path = f"{SHARD}={work.file.shard}/{name}"
         self._writers: dict[str, ParquetWriter] = {}
         self._staying: dict[str, DataFile] = {}
-        self.constant = {
-            "seed": job.spec.sampling.seed,
-            "caption_fingerprint": job.fingerprints.caption,
-            "score_fingerprint": job.fingerprints.score,
-            "decide_fingerprint": job.fingerprints.decide,
-            "input_id": work.file.input_id,
-            "run": job.run,
-        }
+        self.constant: dict[str, Any] = asdict(self.provenance)
+        if provenance is None:
+            self.constant["seed"] = job.spec.sampling.seed
 
     def __enter__(self) -> Output:
         self.writer(ANNOTATIONS)
@@ -163,7 +166,7 @@ class Output:
             start=work.start,
             stop=work.stop,
             file_rows=work.file_rows,
-            provenance=self.job.provenance(work.file.input_id),
+            provenance=self.provenance,
             worker=f"{socket.gethostname()}:{os.getpid()}",
             counts=Counts(kept, dropped, errors),
             annotations=(files[ANNOTATIONS],),

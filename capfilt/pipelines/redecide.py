@@ -3,7 +3,7 @@
 The unit is a committed annotations file. Its rows are judged again by capfilt.decide and written to a new one. Where
 the same texts are kept as before, the pairs file stays as it is and no image is read; else a new one is written: bytes
 of rows that were kept come from the old one, of those newly kept from the input, whose other row groups are not read.
-Rows in error, and those without an image, are as they were; so is the quarantine.
+Rows in error, those without an image and those withdrawn are as they were; so is the quarantine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import partial
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from capfilt.dataset import DataFile, ShardFiles
+from capfilt.dataset import DataFile, Provenance, ShardFiles
 from capfilt.decide import Text, decide, row_outcome
 from capfilt.errors import DatasetError, InputError, StoreError
 from capfilt.fragments import Fragment, read_footer, read_rows
@@ -27,6 +27,8 @@ from capfilt.inputs import InputFile, Opened
 from capfilt.pipelines.earlier import read_annotations, table_url, texts_of
 from capfilt.pipelines.job import Job
 from capfilt.pipelines.output import Output
+from capfilt.pipelines.withdraw import withdraw
+from capfilt.plan import Stage
 from capfilt.receipts import Receipt
 from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE, TEXT_STRUCT, Reason, Status
 from capfilt.stores import one_line, persist
@@ -44,6 +46,8 @@ class Redecision:
     Attributes:
         file: the input that they are rows of.
         pairs, quarantine: the committed files of the same rows; none where no row is kept, or unusable.
+        was: what the shard was made from and with.
+        withdrawn: rows of the shard that hold nothing any more, or (at that stage) are to hold nothing.
     """
 
     file: InputFile
@@ -51,8 +55,10 @@ class Redecision:
     stop: int
     file_rows: int
     annotations: DataFile
+    was: Provenance
     pairs: DataFile | None = None
     quarantine: DataFile | None = None
+    withdrawn: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -65,7 +71,9 @@ class Redecision:
         return f"{self.file.shard}/{self.start:09d}-{self.stop:09d}"
 
 
-def redecisions(file: InputFile, files: ShardFiles) -> list[Redecision]:
+def redecisions(
+    file: InputFile, files: ShardFiles, was: Provenance, withdrawn: tuple[int, ...] = ()
+) -> list[Redecision]:
     """A committed shard, to judge again file by file.
 
     Raises:
@@ -74,7 +82,9 @@ def redecisions(file: InputFile, files: ShardFiles) -> list[Redecision]:
     rows = sum(one.rows for one in files.annotations)
     pairs, quarantine = ({one.span: one for one in of} for of in (files.pairs, files.quarantine))
     work = [
-        Redecision(file, *one.span, rows, one, pairs.pop(one.span, None), quarantine.pop(one.span, None))
+        Redecision(
+            file, *one.span, rows, one, was, pairs.pop(one.span, None), quarantine.pop(one.span, None), withdrawn
+        )
         for one in files.annotations
         if one.span
     ]
@@ -88,7 +98,7 @@ def redecisions(file: InputFile, files: ShardFiles) -> list[Redecision]:
 
 
 def redecide(job: Job, work: Redecision) -> Receipt:
-    """Judge the rows of one annotations file again.
+    """Judge the rows of one annotations file again, or only take out those that are withdrawn.
 
     Returns:
         The stored receipt; one with `failure` where something cannot be read just now.
@@ -96,7 +106,8 @@ def redecide(job: Job, work: Redecision) -> Receipt:
     Raises:
         StoreError: the output cannot be written.
     """
-    return persist(partial(_redecide, job, work), of=StoreError)  # half a file cannot be sent on
+    do = withdraw if job.stage is Stage.WITHDRAW else _redecide
+    return persist(partial(do, job, work), of=StoreError)  # half a file cannot be sent on
 
 
 def _redecide(job: Job, work: Redecision) -> Receipt:
@@ -143,7 +154,7 @@ def _judge(job: Job, work: Redecision, out: Output, table: pa.Table) -> tuple[pa
     kept: list[bool] = []
     because: list[str | None] = []
     for n, texts in enumerate(texts_of(table["texts"])):
-        if statuses[n] == Status.ERROR or reasons[n] == Reason.NO_IMAGE:  # never met a model
+        if statuses[n] == Status.ERROR or reasons[n] in (Reason.NO_IMAGE, Reason.WITHDRAWN):  # met no model
             own = slice(len(kept), len(kept) + len(texts))
             kept += was_kept[own]
             because += was_because[own]

@@ -193,7 +193,7 @@ class Worker:
             for row in rows:
                 item = Item(row, texts=[_web_text(row)])
                 item.fail(Reason.WORKER_DIED, detail)
-                out.append(item)
+                out.append(Item.withdrawn(row) if row.row in fragment.withdrawn else item)
             return out.finish({})
 
     # --- one fragment ---
@@ -282,6 +282,7 @@ class Worker:
         size = self._batch_size
         waiting: deque[tuple[list[Future[tuple[Item, float]]], _Buffers]] = deque()
         rows = read_rows(fragment, self.job.spec.input.storage_options, min(size, 32))
+        withdrawn = frozenset(fragment.withdrawn)
         more = True
         while more or waiting:
             begin = time.perf_counter()
@@ -289,7 +290,10 @@ class Worker:
                 buffers, batch = self._buffers(), []
                 for n, row in enumerate(itertools.islice(rows, size)):
                     slots = {side: buffer[n] for side, buffer in buffers.items()}
-                    batch.append(self._pool.submit(self._prepare, row, before.get(row.row), slots))
+                    if row.row in withdrawn:
+                        batch.append(self._pool.submit(_withdraw, row))
+                    else:
+                        batch.append(self._pool.submit(self._prepare, row, before.get(row.row), slots))
                 more = len(batch) == size
                 if batch:
                     waiting.append((batch, buffers))
@@ -409,6 +413,10 @@ def _noted(card: CaptionerCard | FilterCard) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"{card.role} {card.name}")
         raise
+
+
+def _withdraw(row: Row) -> tuple[Item, float]:
+    return Item.withdrawn(row), 0.0
 
 
 def _web_text(row: Row) -> Text:

@@ -27,6 +27,7 @@ from capfilt.spec.fields import (
     output_location,
 )
 from capfilt.spec.reading import RunSpec, load_card, load_curate_spec, load_spec
+from capfilt.spec.removal import Retention, Withdrawn
 from capfilt.spec.training import (
     ARCHITECTURES,
     Architecture,
@@ -83,6 +84,7 @@ __all__ = [
     "PretrainSpec",
     "Quality",
     "Ray",
+    "Retention",
     "Retrieval",
     "RunSpec",
     "Sampling",
@@ -93,6 +95,7 @@ __all__ = [
     "TrainingSettings",
     "Truth",
     "VisionTower",
+    "Withdrawn",
     "Workers",
     "load_card",
     "load_curate_spec",

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from capfilt.spec.cards import CaptionerCard, FilterCard, Placement, Thresholds, ThresholdsOverride
 from capfilt.spec.fields import Images, Input, Model, OutputLocation, Ray, StorageOptions
+from capfilt.spec.removal import Retention, Withdrawn
 
 Decision = Literal["mean", "vote"]
 Keep = Literal["best", "all-above-threshold"]
@@ -87,6 +88,8 @@ class CurateSpec(Model):
         description="A run holds its output. One on another machine that gives no sign of life for so long loses it to "
         "the next run.",
     )
+    withdrawn: Withdrawn | None = Field(default=None, description="Lists of what owners withdrew; see docs/removal.md.")
+    retention: Retention | None = Field(default=None, description="Which old versions stay readable; without it all.")
     ray: Ray = Ray()
 
     @field_validator("captioners", "filters")
