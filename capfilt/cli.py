@@ -14,7 +14,7 @@ import sys
 import tempfile
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -39,6 +39,7 @@ from capfilt.printing import (
     print_bootstrap,
     print_dataset,
     print_demo,
+    print_diff,
     print_evaluation,
     print_holder,
     print_runs,
@@ -169,6 +170,11 @@ def _checked(loaded: RunSpec) -> Iterator[str]:
         inputs, layout = _check_input(loaded.input, loaded.output)
         yield inputs
         yield f"columns: image={layout.image} text={layout.text} url={layout.url} key={layout.key}"
+        if loaded.withdrawn:
+            from capfilt.withdrawn import read_lists
+
+            lists = read_lists(loaded.withdrawn)
+            yield f"withdrawn: {len(lists.urls):,} URLs, {len(lists.keys):,} keys"
         yield from _check_cards(*loaded.cards.values())
         prints = run_fingerprints(loaded)
         yield f"fingerprints: caption {prints.caption}, score {prints.score}, decide {prints.decide}"
@@ -255,21 +261,25 @@ def _whereabouts(checkpoint: Checkpoint, complete: Complete) -> str:
 
 @app.command()
 def plan(spec: SpecFile, overrides: Overrides = None) -> None:
-    """Say what a run would do, why, and how long it would take. Reads listings, logs and run records only."""
+    """Say what a run would do, why, and how long it would take. Reads listings, logs and run records only.
+
+    (And annotations' URLs and keys, where they were not compared yet with the lists of what is withdrawn.)
+    """
     from capfilt.dataset import CuratedDataset
     from capfilt.fingerprints import run_fingerprints
     from capfilt.pace import NEWEST, costs, last_paces
-    from capfilt.plan import make_plan
+    from capfilt.plan import plan_run
 
     loaded = load_curate_spec(spec, overrides or ())
-    committed = CuratedDataset.committed_in(loaded.output, loaded.output_options)
-    work = make_plan(loaded, run_fingerprints(loaded), committed)
+    work = plan_run(loaded, run_fingerprints(loaded))
     for why, count in work.reasons.items():
         size = sum(file.size for file, reason in work.todo if reason is why)
-        say(f"curate {count:,} shards ({size:,} bytes): {why}")
+        say(f"curate {count:,} shards{f' ({size:,} bytes)' if size else ''}: {why}")
     records = CuratedDataset(loaded.output, loaded.output_options).runs(NEWEST)
     for cost in costs(work, last_paces(records)):
         say(str(cost))
+    if hits := work.withdrawals.hits:
+        say(f"withdraw {sum(map(len, hits.values())):,} rows of {len(hits):,} shards that are in the dataset")
     say(f"leave {len(work.done):,} shards: up to date")
     if work.moved:
         say(f"{work.moved:,} files have moved and keep their shards")
@@ -312,6 +322,36 @@ def _place(output: str) -> tuple[str, dict[str, Any]]:
         spec = load_curate_spec(output)
         return spec.output, spec.output_options
     return output_location(output), {}
+
+
+@app.command()
+def diff(
+    output: Output,
+    before: Annotated[
+        int, typer.Argument(metavar="V1", help="A version of the annotations; `status` and `runs` say which.", min=0)
+    ],
+    after: Annotated[
+        int | None, typer.Argument(metavar="[V2]", help="A later one; the newest if not given.", min=0)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The counts, for machines.")] = False,
+    rows: Annotated[
+        Path | None, typer.Option(help="Write the rows that changed to this Parquet file.", dir_okay=False)
+    ] = None,
+) -> None:
+    """Say what changed between two versions: rows gained and lost, other texts, and for which reasons."""
+    from capfilt.dataset import CuratedDataset
+    from capfilt.diff import ChangedRows, diff
+
+    dataset = CuratedDataset.for_reading(*_place(output))
+    with ExitStack() as stack:
+        sink = stack.enter_context(ChangedRows(rows)) if rows else None
+        found = diff(dataset, before, after, sink.write if sink else None)
+    if as_json:
+        typer.echo(json.dumps(found.as_json(), indent=1))
+    else:
+        print_diff(found)
+        if rows:
+            say(f"rows: {rows}")
 
 
 @app.command()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from capfilt.dataset import CuratedDataset
     from capfilt.demo import Findings
+    from capfilt.diff import Diff
     from capfilt.holder import Standing
     from capfilt.pipelines.bootstrap import BootstrapSummary
     from capfilt.pipelines.curate import Summary
@@ -23,6 +24,13 @@ if TYPE_CHECKING:
     from capfilt.quality import DatasetQuality
     from capfilt.records import RunRecord
 
+_CHANGES = {
+    "gained": "gained: kept now, not before",
+    "lost": "lost: kept before, not now",
+    "image": "kept, of another image",
+    "text": "kept, with other texts",
+    "outcome": "not kept in either, of another outcome",
+}
 NO_INPUT = "no input is left: every file that input.paths matches lies in the output, {output}"
 
 
@@ -111,6 +119,25 @@ def print_runs(records: Sequence[RunRecord]) -> None:
     out.print(table)
     if not records:
         say("no run is on record")
+
+
+def print_diff(found: Diff) -> None:
+    """What changed between two versions."""
+    shards = found.shards
+    say(f"version {found.before} -> {found.after}: {shards['before']:,} shards -> {shards['after']:,}")
+    say(f"{shards['changed']:,} of them differ in files; the others were not read")
+    table = Table(Column("rows", justify="right"), "", title="what became of rows", title_justify="left")
+    for change, rows in found.changes.most_common():
+        table.add_row(f"{rows:,}", _CHANGES[change])
+    if not table.row_count:
+        say("no row changed")
+        return
+    out.print(table)
+    if found.outcomes:
+        outcomes = Table(Column("rows", justify="right"), "before", "after")
+        for (before, after), rows in found.outcomes.most_common():
+            outcomes.add_row(f"{rows:,}", shown(before), shown(after))
+        out.print(outcomes)
 
 
 def say_where(output: str) -> None:

@@ -19,6 +19,7 @@ LAYERS = [
     {
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "pace", "toyweb", "examples"),
         *("stores", "truth", "testset", "quality", "tables", "demo", "holder", "lease", "records", "submit"),
+        *("withdrawn", "retention", "diff"),
     },
     {"models"},
     {"pipelines"},
@@ -74,6 +75,7 @@ HEAVY = "import sys; sys.exit(', '.join(m for m in ('torch', 'ray', 'transformer
         "import capfilt.lease, capfilt.records, capfilt.logs, capfilt.printing",
         "import capfilt.truth, capfilt.testset, capfilt.quality, capfilt.tables",
         "import capfilt.pace, capfilt.pipelines.curate, capfilt.pipelines.redecide",
+        "import capfilt.withdrawn, capfilt.retention, capfilt.diff, capfilt.pipelines.withdraw",
         "from typer.testing import CliRunner as R; from capfilt.cli import app; R().invoke(app, ['--help']).stdout[99]",
     ],
 )
