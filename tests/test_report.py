@@ -661,6 +661,7 @@ def test_a_report_that_cannot_be_written_fails_no_run(tmp_path: Path) -> None:
     assert curate_web(tmp_path)[1].report is None  # nothing was to be done
 
 
+@pytest.mark.slow
 def test_a_large_dataset_is_sampled_at_the_end_of_a_run(dataset: CuratedDataset) -> None:
     made = make_report(dataset, {}, limits=replace(AT_END, rows=ROWS + 1))
     assert made.rows == 2 * ROWS

@@ -177,8 +177,9 @@ def curate(
                 report(summary)
             if work:
                 _write_summary(dataset, summary)
-                if spec.report and leave_report(dataset, spec, summary, partial(_tell, console)):
-                    _write_summary(dataset, summary)
+                if spec.report:
+                    record = partial(_write_summary, dataset, summary)
+                    leave_report(dataset, spec, summary, record, partial(_tell, console))
 
 
 def _lease(spec: CurateSpec, run: str, console: Console) -> Lease:

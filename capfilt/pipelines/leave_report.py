@@ -19,24 +19,29 @@ PAGE = "report.html"
 _ENDED = ("done", "ErrorBudgetError")
 
 
-def leave_report(dataset: CuratedDataset, spec: CurateSpec, summary: Summary, say: Callable[[str], None]) -> bool:
+def leave_report(
+    dataset: CuratedDataset, spec: CurateSpec, summary: Summary, record: Callable[[], None], say: Callable[[str], None]
+) -> None:
     """Write the page of what the dataset holds now to the run's folder, unless the run was broken off or did nothing.
 
     Sets `summary.report`; or `summary.report_error`, which is said and logged, too.
 
-    Returns:
-        Whether it did set one.
+    Args:
+        record: writes the summary anew.
     """
     if not summary.shards or summary.outcome.partition(":")[0] not in _ENDED:
-        return False
+        return
     try:
-        from capfilt.report import AT_END, make_report  # not before it is needed: it takes a moment to load
+        try:
+            from capfilt.report import AT_END, make_report  # not before it is needed: it takes a moment to load
 
-        page = make_report(dataset, spec.output_options, limits=AT_END).html
-        dataset.write_run_page(summary.run, PAGE, page)
-        summary.report = PAGE
-    except Exception as error:  # noqa: BLE001  said, logged and recorded
-        summary.report_error = one_line(error)
+            dataset.write_run_page(summary.run, PAGE, make_report(dataset, spec.output_options, limits=AT_END).html)
+            summary.report = PAGE
+        except Exception as error:
+            summary.report_error = one_line(error)
+            raise
+        finally:
+            record()
+    except Exception as error:  # noqa: BLE001  said, logged and, as far as the store allows, recorded
         event("report_failed", logging.WARNING, run=summary.run, error=one_line(error))
         say(f"the run's report could not be written: {one_line(error)}. `capfilt report {spec.output}` tries again")
-    return True

@@ -83,6 +83,8 @@ def make_report(
         InputError: the truth that was given cannot be read, or knows none of the texts.
     """
     number = dataset.versions()["annotations"] if version is None else version
+    if against is not None:
+        dataset.annotations(against)  # refused at once where there is none
     records = {record.run: record for record in dataset.runs()}
     shards = None if version is not None or limits.rows is None else _sample(dataset, limits.rows)
     with tallied(dataset, number, shards) as tally:

@@ -168,7 +168,7 @@ function runCharts() {
     return;
   }
   const stages = [...new Set(bars.map((bar) => bar.stage))];
-  const shade = (stage) => `var(--origin-${stages.indexOf(stage) % 6})`;
+  const shade = (stage) => `var(--origin-${stages.indexOf(stage) % 8})`;
   const spent = (run, stage) => {
     const seconds = run.seconds[stage] ?? 0;
     return seconds ? `${seconds.toFixed(2)} s, ${whole.format(run.rows / seconds)} rows/s` : "–";
