@@ -489,8 +489,8 @@ class CuratedDataset:
             raise DatasetError(f"{self._uri(table)}: no curated dataset there; {hint} ({one_line(error)})") from error
         except (DeltaError, OSError) as error:
             raise DatasetError(
-                f"{self._uri(table)}: cannot be opened: {one_line(error)}. What is committed stays; mend the cause, if it "
-                "does not pass, and run again to resume"
+                f"{self._uri(table)}: cannot be opened: {one_line(error)}. What is committed stays; mend the cause, if "
+                "it does not pass, and run again to resume"
             ) from error
         if delta.schema() != _schema(table) or delta.metadata().partition_columns != [SHARD]:
             raise self._not_this(table, delta)
