@@ -554,7 +554,10 @@ class CuratedDataset:
                 hint = "the Delta table in annotations/ is another's, or this one was removed; give another output"
             raise DatasetError(f"{self._uri(table)}: no curated dataset there; {hint} ({one_line(error)})") from error
         except (DeltaError, OSError) as error:
-            raise DatasetError(f"{self._uri(table)}: cannot be opened: {one_line(error)}") from error
+            raise DatasetError(
+                f"{self._uri(table)}: cannot be opened: {one_line(error)}. What is committed stays; mend the cause, if "
+                "it does not pass, and run again to resume"
+            ) from error
         if delta.schema() != _schema(table) or delta.metadata().partition_columns != [SHARD]:
             raise self._not_this(table, delta)
         self._tables[table] = delta
@@ -593,8 +596,9 @@ class CuratedDataset:
             persist(create)
 
     def _number(self, table: str) -> int:
-        """The transaction number of a table as loaded."""
-        return self._tables[table].transaction_version(_APP) or 0
+        """The transaction number of a table as loaded; the log may be read for it."""
+        with blamed(f"{self._uri(table)}: cannot be read"):
+            return self._tables[table].transaction_version(_APP) or 0
 
     def _write(self, table: str, intent: Mapping[str, Any], adds: Sequence[AddAction]) -> bool:
         """Commit an intent to one table, once: of its shards, what is not among `adds` goes, and what is there stays.

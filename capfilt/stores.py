@@ -148,9 +148,9 @@ def blamed(what: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's kind and text, on one line, without colours."""
+    """The error's kind and text, on one line, without colours; of a long text not the middle, for causes come last."""
     text = " ".join(re.sub(r"\x1b\[[0-9;]*m|↳", "", str(error)).split())
-    return f"{type(error).__name__}: {text[:300]}"
+    return f"{type(error).__name__}: {text if len(text) <= 500 else f'{text[:200]} ... {text[-300:]}'}"
 
 
 # --- reaching a store ---

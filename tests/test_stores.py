@@ -161,6 +161,11 @@ def test_blame_names_the_place_the_cause_and_the_next_step() -> None:
         "s3://b/x.json: cannot be written: OSError: Generic S3 error Error performing PUT. What is committed stays; "
         "mend the cause, if it does not pass, and run again to resume"
     )
+    with (
+        pytest.raises(StoreError, match=r"begin: OSError: GET http://s/(a+) \.\.\. a+ 403 Forbidden\. What"),
+        blamed("begin"),
+    ):
+        raise OSError(f"GET http://s/{'a' * 1000} 403 Forbidden")
     with pytest.raises(DatasetError, match="as it is"), blamed("x"):
         raise DatasetError("as it is")
 
