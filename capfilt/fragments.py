@@ -274,7 +274,7 @@ def recognise(schema: pa.Schema, columns: Columns, path: str) -> Layout:
             f"{path}: column {layout.image} is {schema.field(layout.image).type}; images are encoded bytes "
             "(binary, or a struct with a binary field `bytes`). Name another with input.columns.image"
         )
-    if not (is_string(text_type) or pa.types.is_null(text_type)):
+    if not (_is_string(text_type) or pa.types.is_null(text_type)):
         raise InputError(
             f"{path}: column {layout.text} is {text_type}; texts are strings. Name another with input.columns.text"
         )
@@ -301,7 +301,7 @@ def _is_binary(kind: pa.DataType) -> bool:
     return any(check(kind) for check in checks)
 
 
-def is_string(kind: pa.DataType) -> bool:
+def _is_string(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
@@ -539,7 +539,7 @@ def _strings(batch: pa.RecordBatch, name: str | None) -> list[str | None]:
     column = batch.column(name)
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if is_string(column.type):
+    if _is_string(column.type):
         raw = column.cast(pa.large_string() if pa.types.is_string_view(column.type) else column.type)
         large = pa.types.is_large_string(raw.type)
         return [

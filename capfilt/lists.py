@@ -17,7 +17,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from capfilt.errors import InputError
-from capfilt.fragments import TEXT_COLUMNS, URL_COLUMNS, is_string
+from capfilt.fragments import TEXT_COLUMNS, URL_COLUMNS
 from capfilt.spec import UrlList
 from capfilt.stores import connect, one_line, persist
 
@@ -185,11 +185,18 @@ def _parquet(file: ListFile, source: UrlList) -> Tables:
         columns = _recognised(file, source, parquet.schema_arrow.names)
         for wanted in filter(None, (columns.url, columns.caption, columns.verify)):
             kind = parquet.schema_arrow.field(wanted).type
-            if not (is_string(kind) or pa.types.is_null(kind)):
+            if not _is_text(kind):
                 raise InputError(f"{file.path}: column {wanted} is {kind}; it must be of strings")
         yield columns, parquet.schema_arrow.empty_table()
         for batch in parquet.iter_batches(_BATCH, columns=columns.all):
             yield columns, pa.Table.from_batches([batch])
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    """Whether values are strings; or there are none."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    checks = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(check(kind) for check in checks)
 
 
 def _csv(file: ListFile, source: UrlList) -> Tables:
