@@ -70,6 +70,11 @@ def found(page: Any) -> str:
     return text
 
 
+def web_texts(page: Any) -> list[str]:
+    """Of the newer version's rows."""
+    return [element.text_content() for element in page.query_selector_all(".sides > :last-child li:first-child .words")]
+
+
 def show(page: Any, name: str) -> None:
     """Leave a screenshot, where someone wants to look at it."""
     if folder := os.environ.get("CAPFILT_SCREENSHOTS"):
