@@ -116,13 +116,12 @@ def test_a_killed_writer_leaves_whole_marks(path: Path) -> None:
         "import sys; from capfilt.view.marks import Marks; marks = Marks(sys.argv[1])\n"
         "for n in range(10**6): marks.mark('ab' * 32, f'text {n}', True, {}); print(n, flush=True)"
     )
-    process = subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    for _ in range(30):
-        last = process.stdout.readline()
-    process.kill()
-    rest = process.stdout.read().split()
-    process.wait()
+    with subprocess.Popen([sys.executable, "-c", code, path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        for _ in range(30):
+            last = process.stdout.readline()
+        process.kill()
+        rest = process.stdout.read().split()
     told = int([last.strip(), *rest][-1]) + 1
     assert told >= 30
     assert Marks(str(path)).counts()["right"] in (told, told + 1)

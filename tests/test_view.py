@@ -7,6 +7,7 @@ import http.client
 import itertools
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
+from urllib.request import urlopen
 
 import duckdb
 import pytest
@@ -93,7 +95,7 @@ SEARCHES: list[tuple[Row, Callable[[Row], bool]]] = [
 ]
 
 
-@pytest.mark.parametrize(("query", "wanted"), SEARCHES, ids=lambda value: json.dumps(value) if value else "")
+@pytest.mark.parametrize(("query", "wanted"), SEARCHES, ids=[urlencode(query) for query, _ in SEARCHES])
 def test_a_search_finds_what_python_does(
     view: Served, rows: list[Row], query: Row, wanted: Callable[[Row], bool]
 ) -> None:
@@ -174,7 +176,8 @@ def test_changed_rows_are_those_whose_outcome_or_text_differs(view: Served, spec
 
 
 def test_a_row_that_is_gone_is_the_older_versions(spec: CurateSpec, tmp_path: Path) -> None:
-    with serving(spec.output, tmp_path / "m.parquet", tmp_path / "i.duckdb", version=1, against=2) as view:
+    newest = CuratedDataset.for_reading(spec.output, {}).versions()["annotations"]
+    with serving(spec.output, tmp_path / "m.parquet", tmp_path / "i.duckdb", version=1, against=newest) as view:
         assert [row["change"] for row in view.rows(changed="true", shard="2-")] == ["gone"] * 5
         assert view.rows(shard="2-") == []
         assert view.get("count") == {"count": 80}
@@ -436,7 +439,7 @@ def test_versions_that_are_not_there(spec: CurateSpec, tmp_path: Path) -> None:
     output = tmp_path / "out"
     shutil.copytree(spec.output, output)
     CuratedDataset.for_writing(str(output), {}).vacuum(retain_hours=0)
-    with pytest.raises(DatasetError, match=r"version 1 can no longer be looked at: 6 of its 6 files are gone"):
+    with pytest.raises(DatasetError, match=r"version 1 can no longer be looked at: 8 of its 8 files are gone"):
         Explorer(str(output), {}, None, 1, marks, index)
 
 
@@ -495,7 +498,10 @@ def test_the_command_says_where_and_ends_quietly(spec: CurateSpec, tmp_path: Pat
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout
     line = process.stdout.readline()
-    process.send_signal(2)
+    port = line.partition("127.0.0.1:")[2].partition("/")[0]
+    with urlopen(f"http://127.0.0.1:{port}/") as answer:  # it serves
+        assert b"capfilt view" in answer.read()
+    process.send_signal(signal.SIGINT)
     rest, errors = process.communicate(timeout=30)
     assert line.startswith("open http://127.0.0.1:")
     assert "/#token=" in line

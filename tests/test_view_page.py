@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,27 @@ def page(browser: Any, view: Served) -> Iterator[Any]:
     opened.wait_for_selector("article")
     yield opened
     opened.close()
-    assert [text for text in said if "409" not in text] == []  # a row without an image
+    assert [text for text in said if "Failed to load resource" not in text] == []  # as of a row without an image
     assert elsewhere == []
 
 
+def until(page: Any, condition: str) -> None:
+    """Wait; Playwright's own way would have the page evaluate a string, which its policy forbids."""
+    deadline = time.monotonic() + 20
+    while not page.evaluate(condition):
+        assert time.monotonic() < deadline, condition
+        time.sleep(0.05)
+
+
 def found(page: Any) -> str:
-    page.wait_for_function("!document.body.hasAttribute('aria-busy')")
+    until(page, "!document.body.hasAttribute('aria-busy')")
     text: str = page.text_content("#found")
     return text
+
+
+def web_texts(page: Any) -> list[str]:
+    """Of the newer version's rows."""
+    return [element.text_content() for element in page.query_selector_all(".sides > :last-child li:first-child .words")]
 
 
 def show(page: Any, name: str) -> None:
@@ -68,7 +82,9 @@ def show(page: Any, name: str) -> None:
 
 
 def test_hostile_texts_are_shown_as_text(page: Any) -> None:
-    words = [element.text_content() for element in page.query_selector_all("article li:first-child .words")]
+    words = [
+        element.text_content() for element in page.query_selector_all(".sides > :last-child li:first-child .words")
+    ]
     assert words[0] == HOSTILE[0]
     assert words[1] == HOSTILE[1].replace("\u202e", "U+202E").replace("\u202c", "U+202C").replace(
         "\u200b", "U+200B"
@@ -77,7 +93,7 @@ def test_hostile_texts_are_shown_as_text(page: Any) -> None:
     assert page.title() == "capfilt view: out"
     assert page.query_selector("article script, article img[src='x']") is None
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    assert page.query_selector("article:nth-child(3) .words").bounding_box()["height"] < 260
+    assert page.query_selector("article:nth-child(3) li .words").bounding_box()["height"] < 260
     page.wait_for_selector("figure img")
     show(page, "hostile")
 
@@ -85,25 +101,27 @@ def test_hostile_texts_are_shown_as_text(page: Any) -> None:
 def test_searching_filtering_and_turning_pages(page: Any) -> None:
     assert found(page) == "rows 1 to 25 of 85"
     page.keyboard.press("]")
-    page.wait_for_function("document.querySelector('#found').textContent === 'rows 26 to 50 of 85'")
+    until(page, "document.querySelector('#found').textContent === 'rows 26 to 50 of 85'")
     page.keyboard.press("[")
-    page.wait_for_function("document.querySelector('#found').textContent === 'rows 1 to 25 of 85'")
+    until(page, "document.querySelector('#found').textContent === 'rows 1 to 25 of 85'")
     page.keyboard.press("/")
     page.keyboard.type("house red")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelectorAll('article').length < 25")
-    texts = [element.text_content() for element in page.query_selector_all("article li:first-child .words")]
+    until(page, "document.querySelectorAll('article').length < 25")
+    texts = [
+        element.text_content() for element in page.query_selector_all(".sides > :last-child li:first-child .words")
+    ]
     assert texts
     assert all("red house" in text for text in texts)
     page.click("summary")
     page.select_option("select[name=status]", "kept")
-    page.wait_for_function("[...document.querySelectorAll('.status')].every(e => e.textContent === 'kept')")
+    until(page, "[...document.querySelectorAll('.sides > :last-child .status')].every(e => e.textContent === 'kept')")
     assert page.query_selector_all("article")
     page.select_option("select[name=sort]", "web")
     page.check("input[name=descending]")
     page.fill("input[name=web_min]", "0.9")
     page.press("input[name=web_min]", "Enter")
-    page.wait_for_function("location.hash.includes('web_min=0.9')")
+    until(page, "location.hash.includes('web_min=0.9')")
     found(page)
     show(page, "filters")
     page.reload()
@@ -112,40 +130,40 @@ def test_searching_filtering_and_turning_pages(page: Any) -> None:
     assert page.input_value("#text") == "house red"
     page.click("summary")
     page.click("#clear")
-    page.wait_for_function("document.querySelector('#found').textContent === 'rows 1 to 25 of 85'")
+    until(page, "document.querySelector('#found').textContent === 'rows 1 to 25 of 85'")
 
 
 def test_marking_by_keyboard_and_mouse(page: Any, view: Served) -> None:
     path = Path(view.explorer.marks.path)
     page.keyboard.press("j")
     page.keyboard.press("y")
-    page.wait_for_function("document.querySelector('#marks').textContent === 'marked: 1 right, 0 wrong'")
+    until(page, "document.querySelector('#marks').textContent === 'marked: 1 right, 0 wrong'")
     page.keyboard.press("j")
     page.keyboard.press("n")
-    page.wait_for_function("document.querySelector('#marks').textContent === 'marked: 1 right, 1 wrong'")
+    until(page, "document.querySelector('#marks').textContent === 'marked: 1 right, 1 wrong'")
     marks = pq.read_table(path).to_pylist()
     assert [(mark["text"] == HOSTILE[0], mark["true"], mark["source"]) for mark in marks] == [
         (True, True, "web"),
         (False, False, "synthetic"),
     ]
     page.keyboard.press("u")
-    page.wait_for_function("document.querySelector('#marks').textContent === 'marked: 1 right, 0 wrong'")
+    until(page, "document.querySelector('#marks').textContent === 'marked: 1 right, 0 wrong'")
     wrong = page.query_selector_all("button[data-verdict=wrong]")[4]
     wrong.click()
-    page.wait_for_function("document.querySelector('#marks').textContent === 'marked: 1 right, 1 wrong'")
+    until(page, "document.querySelector('#marks').textContent === 'marked: 1 right, 1 wrong'")
     assert wrong.get_attribute("aria-pressed") == "true"
     page.reload()
     page.wait_for_selector("article")
-    assert len(page.query_selector_all("button[aria-pressed=true]")) == 2
+    assert len(page.query_selector_all("button[aria-pressed=true]")) >= 2  # of a changed row on both sides
     show(page, "marked")
 
 
-def test_two_versions_side_by_side_in_the_dark_and_on_a_phone(page: Any) -> None:
+def test_two_versions_side_by_side_in_the_dark_and_on_a_phone(page: Any, view: Served) -> None:
     page.click("summary")
     page.check("input[name=changed]")
     page.wait_for_selector(".sides.two")
     titles = [element.text_content() for element in page.query_selector_all(".sides.two .outcome .soft")]
-    assert titles[:2] == ["version 1: ", "version 2: "]
+    assert titles[:2] == ["version 1: ", f"version {view.explorer.version}: "]
     page.emulate_media(color_scheme="dark")
     show(page, "versions-dark")
     page.set_viewport_size({"width": 360, "height": 740})
@@ -161,4 +179,4 @@ def test_help_and_a_server_that_is_gone(page: Any) -> None:
     assert page.is_visible("#help")
     page.keyboard.press("Escape")
     page.evaluate("location.hash = location.hash.replace(/token=[^&]*/, 'token=wrong')")
-    page.wait_for_function("document.querySelector('#notice').textContent.includes('no token')")
+    until(page, "document.querySelector('#notice').textContent.includes('no token')")

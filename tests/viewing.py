@@ -109,7 +109,7 @@ class Served:
         """All rows that a search finds, page by page."""
         found, more = [], True
         while more:
-            page = self.get("rows", **query, offset=len(found), limit=query.get("limit", 100))
+            page = self.get("rows", **{"limit": 100, **query, "offset": len(found)})
             found, more = found + page["rows"], page["more"]
         return found
 

@@ -223,7 +223,7 @@ def default_path(output: str) -> str:
 def _open(path: str) -> duckdb.DuckDBPyConnection:
     """Open an index, made anew where another version of this program or of DuckDB made it."""
     os.makedirs(os.path.dirname(path) or ".", mode=0o700, exist_ok=True)
-    settings = {
+    settings: dict[str, str | bool | int | float | list[str]] = {
         "memory_limit": _MEMORY,
         "temp_directory": f"{path}.tmp",
         "autoinstall_known_extensions": "false",
