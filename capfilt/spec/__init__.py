@@ -9,12 +9,12 @@ from capfilt.spec.cards import (
     BatchSize,
     CaptionerCard,
     FilterCard,
-    ModelCard,
+    LocalCard,
     Placement,
     Thresholds,
     ThresholdsOverride,
 )
-from capfilt.spec.curation import CurateSpec, Decision, Keep, Sampling
+from capfilt.spec.curation import CurateSpec, Decision, Keep
 from capfilt.spec.evaluation import Captioning, EvaluateSpec, EvaluationSettings, Quality, Retrieval, Truth
 from capfilt.spec.fields import (
     Checkpoint,
@@ -26,7 +26,17 @@ from capfilt.spec.fields import (
     Ray,
     output_location,
 )
+from capfilt.spec.kinds import (
+    AnyCaptioner,
+    AnyCard,
+    AnyFilter,
+    DualCard,
+    EndpointCard,
+    GeneratorCard,
+    ModelCard,
+)
 from capfilt.spec.reading import RunSpec, load_card, load_curate_spec, load_spec
+from capfilt.spec.sampling import Sampling, SamplingOverride
 from capfilt.spec.training import (
     ARCHITECTURES,
     Architecture,
@@ -50,6 +60,9 @@ from capfilt.spec.training import (
 
 __all__ = [
     "ARCHITECTURES",
+    "AnyCaptioner",
+    "AnyCard",
+    "AnyFilter",
     "Architecture",
     "Augment",
     "BatchSize",
@@ -63,17 +76,21 @@ __all__ = [
     "CurateSettings",
     "CurateSpec",
     "Decision",
+    "DualCard",
+    "EndpointCard",
     "EvaluateSpec",
     "EvaluationSettings",
     "FilterCard",
     "FilterSettings",
     "FinetuneCaptionerSpec",
     "FinetuneFilterSpec",
+    "GeneratorCard",
     "HubCheckpoint",
     "Images",
     "Initial",
     "Input",
     "Keep",
+    "LocalCard",
     "LocalCheckpoint",
     "ModelCard",
     "Optimiser",
@@ -86,6 +103,7 @@ __all__ = [
     "Retrieval",
     "RunSpec",
     "Sampling",
+    "SamplingOverride",
     "TextTower",
     "Thresholds",
     "ThresholdsOverride",
