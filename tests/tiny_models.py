@@ -30,69 +30,45 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-WORDS = [
-    "a",
-    "an",
-    "the",
-    "of",
-    "on",
-    "in",
-    "with",
-    "and",
-    "two",
-    "red",
-    "green",
-    "blue",
-    "yellow",
-    "black",
-    "white",
-    "circle",
-    "square",
-    "cross",
-    "shape",
-    "dot",
-    "line",
-    "small",
-    "large",
-    "picture",
-    "photo",
-    "image",
-    "drawing",
-    "text",
-    "user",
-    "assistant",
-    "describe",
-    "dog",
-    "cat",
-    "house",
-    "car",
-    "sky",
-    "water",
-]
-SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-PAD, BOS, EOS, UNK, IMAGE = range(5)
+WORDS = """
+a an the of on in with and two red green blue yellow black white circle square cross shape dot line small large
+picture photo image drawing text user assistant describe dog cat house car sky water
+"""
+SPECIAL = ("<s>", "<pad>", "<unk>", "</s>", "<image>")
+BOS, PAD, UNK, EOS, IMAGE = range(5)
+TOKENS = (*SPECIAL, *WORDS.split(), *string.ascii_lowercase[1:], *string.digits, *string.punctuation)
 
-CHAT = "{% for m in messages %}user : {% for part in m.content %}{% if part.type == 'image' %}<image>{% else %}"
-CHAT += " {{ part.text }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} assistant :{% endif %}"
+CHAT = (
+    "{% for m in messages %}user : {% for part in m.content %}{% if part.type == 'image' %}<image>{% else %}"
+    " {{ part.text }}{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %} assistant :{% endif %}"
+)
 
 
-def tokenizer(*, ends: bool) -> PreTrainedTokenizerFast:
-    """Words, letters and marks; <s> first, and </s> last where a text encoder pools there."""
-    tokens = [*SPECIAL, *WORDS, *string.ascii_lowercase, *string.digits, *string.punctuation]
-    made = Tokenizer(models.WordLevel({token: n for n, token in enumerate(tokens)}, unk_token="<unk>"))
+def tokenizer(*, ends: bool, marks_image: bool = False) -> PreTrainedTokenizerFast:
+    """Words, letters and marks.
+
+    Args:
+        ends: puts </s> last, as a text encoder wants it.
+        marks_image: knows <image> as the image's place, as LLaVA's does.
+    """
+    made = Tokenizer(models.WordLevel({token: n for n, token in enumerate(TOKENS)}, unk_token="<unk>"))
     made.normalizer = normalizers.Lowercase()
     made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    made.decoder = decoders.Fuse()
     made.decoder = decoders.WordPiece(prefix="##")
     single = "<s> $A </s>" if ends else "<s> $A"
     made.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", BOS), ("</s>", EOS)])
+    special = {"image_token": "<image>"} if marks_image else {}
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-    )  # fmt: skip
+        tokenizer_object=made,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=special,
+    )
 
 
-VOCABULARY = len(SPECIAL) + len(WORDS) + 26 + 10 + len(string.punctuation)
+VOCABULARY = len(TOKENS) + 3  # as checkpoints have it, padded to a round number
 _LAYERS: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 2}
 _TOWER: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, **_LAYERS}
 _IDS = {"pad_token_id": PAD, "bos_token_id": BOS, "eos_token_id": EOS}
@@ -140,7 +116,7 @@ def write_llava(directory: Path) -> Path:
     model.save_pretrained(directory)
     LlavaProcessor(
         CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=_SIZE),
-        tokenizer(ends=False),
+        tokenizer(ends=False, marks_image=True),
         patch_size=8,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,

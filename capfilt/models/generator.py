@@ -184,8 +184,20 @@ class GeneratorCaptioner:
                 f"prompt: the processor of {directory} does not take it: {type(error).__name__}: {error}"
             ) from error
         self._require_positions(rows[0][0], directory)
-        with reading(directory), exact():
-            drawn = self._draw(rows, 0.0)
+        try:
+            with exact():
+                drawn = self._draw(rows, 0.0)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except FloatingPointError as error:
+            raise CheckpointError(
+                f"{directory}: {error}; its weights are broken, or too large for its dtype"
+            ) from error
+        except Exception as error:  # a network raises anything on inputs it cannot use
+            raise SpecError(
+                f"prompt: {directory} cannot caption with it: {type(error).__name__}: {error}. Does the text have the "
+                "model's image token, once? chat: true puts it there"
+            ) from error
         black_V, noise_V = drawn.first_RV
         if bool(torch.allclose(black_V, noise_V, rtol=0, atol=1e-6)):
             raise SpecError(

@@ -138,7 +138,7 @@ class Worker:
         self._load = load
         self._models: Models | None = None
         self._batch_size = 1  # images that all models take, once they are loaded
-        self._preparing: list[Preparing] = []  # those that look at whole pictures
+        self._preparing: list[tuple[AnyCard, Preparing]] = []  # models that look at whole pictures
         self._upload = Upload("cpu")
         self._load_lock = threading.Lock()
         self._device_lock = threading.Lock()
@@ -233,7 +233,8 @@ class Worker:
                 f"{len(spec.captioners)} and {len(spec.filters)} cards; `load` makes a model for each"
             )
         self._batch_size = min([one.batch_size for one in captioners] + [one.batch_size for one in filters])
-        self._preparing = [one for one in (*captioners, *filters) if isinstance(one, Preparing)]
+        models = zip(spec.cards.values(), (*captioners, *filters), strict=True)
+        self._preparing = [(card, model) for card, model in models if isinstance(model, Preparing)]
         self._upload = Upload(device)
         self.attempts.load_ended()
         return captioners, filters
@@ -339,8 +340,9 @@ class Worker:
                 item.format, item.width, item.height = picture.format, picture.width, picture.height
                 for size, slot in pixels.items():
                     resize(picture.rgb, size, slot, self._scratch.resized)
-                for model in self._preparing:
-                    item.prepared[model] = model.prepare(picture.rgb, item.sha256)
+                for card, model in self._preparing:
+                    with _noted(card):
+                        item.prepared[model] = model.prepare(picture.rgb, item.sha256)
             except ImageError as error:
                 item.fail(error.reason, error.detail)
             except MemoryError:
@@ -361,8 +363,7 @@ class Worker:
             if _device_is_lost(error):
                 raise DeviceLostError(f"the device failed: {error}") from error
             if len(items) == 1:
-                who = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
-                items[0].fail(Reason.MODEL_ERROR, f"{who}{_said(error)}")
+                items[0].fail(Reason.MODEL_ERROR, _said(error))
             else:
                 half = len(items) // 2
                 self._judge(items[:half], {size: batch[:half] for size, batch in images.items()})
@@ -421,7 +422,9 @@ def _shown(model: Captioner | Filter, items: list[Item], images: _Buffers) -> An
 
 
 def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    """One line, with the model that it is noted to come from."""
+    who = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+    return f"{who}{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from capfilt.spec.cards import CaptionerCard, Card, FilterCard, LocalCard, Thresholds
 from capfilt.spec.fields import no_secret
@@ -51,8 +52,10 @@ OPENAI_LACKS = {"top_k": 0, "repetition_penalty": 1, "min_tokens": 0}
 
 
 def _base(url: str) -> str:
-    if not no_secret(url).startswith(("http://", "https://")) or set("?#") & set(url):
-        raise ValueError("expected http:// or https:// and no query, for example http://localhost:8000/v1")
+    if set("?#@") & set(no_secret(url)):  # what stands there may be a key: it is not repeated
+        raise PydanticCustomError("secret", "give the address alone, for example http://localhost:8000/v1")
+    if not url.startswith(("http://", "https://")):
+        raise ValueError("expected http:// or https://, for example http://localhost:8000/v1")
     return url.rstrip("/")
 
 
