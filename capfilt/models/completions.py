@@ -116,9 +116,10 @@ class Completions:
     async def _blame(self, error: _PassingError, attempts: int, harmless: Mapping[str, Any]) -> None:
         """Say whose fault it was that the last attempt failed, too. Always raises."""
         what = f"{error} ({attempts} attempts)"
-        if error.wait:
+        too_long = (error.wait or 0) > LONGEST_WAIT
+        if too_long:
             what = f"{what}; it asks to wait {error.wait:g} s"
-        if error.blameless:
+        if error.blameless or too_long:
             raise self._dead(what) from error
         try:
             await self._once(harmless)
