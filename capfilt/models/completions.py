@@ -19,7 +19,7 @@ import email.utils
 import json
 import random
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx2
 
@@ -113,8 +113,8 @@ class Completions:
                 growing = min(LONGEST_PAUSE, self._pause * 2 ** (attempt - 1)) * random.uniform(0.5, 1.5)
                 await asyncio.sleep(growing if error.wait is None else error.wait)
 
-    async def _blame(self, error: _PassingError, attempts: int, harmless: Mapping[str, Any]) -> None:
-        """Say whose fault it was that the last attempt failed, too. Always raises."""
+    async def _blame(self, error: _PassingError, attempts: int, harmless: Mapping[str, Any]) -> NoReturn:
+        """Say whose fault it was that the last attempt failed, too."""
         what = f"{error} ({attempts} attempts)"
         too_long = (error.wait or 0) > LONGEST_WAIT
         if too_long:

@@ -68,7 +68,7 @@ class DualFilter:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
                 directory, local_files_only=True, trust_remote_code=False
             )
-        self._network: Any = load_pretrained(AutoModel, directory, card, device)
+        self._network = load_pretrained(AutoModel, directory, card, device)
         self._device, self._dtype = torch.device(device), DTYPES[card.dtype]
         self._positions = int(self._network.config.text_config.max_position_embeddings)
         self._siglip = card.model == "siglip"

@@ -75,7 +75,7 @@ class GeneratorCaptioner:
         directory = locate_pretrained(card)
         with reading(directory):
             self._processor: Any = AutoProcessor.from_pretrained(directory, **PROCESSING)
-        self._network: Any = load_pretrained(AutoModelForImageTextToText, directory, card, device)
+        self._network = load_pretrained(AutoModelForImageTextToText, directory, card, device)
         self._device, self._dtype, self._sampling = torch.device(device), DTYPES[card.dtype], sampling
         self._text, self._options = _asked(self._processor, card, directory)
         self._ends = _ends(self._network, self._processor.tokenizer, directory)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from capfilt.errors import CapfiltError, CheckpointError
 from capfilt.fingerprints import PROCESSOR_FILES, model_files
@@ -35,7 +35,7 @@ def locate_pretrained(card: GeneratorCard | DualCard) -> Path:
     return directory
 
 
-def load_pretrained(kind: Any, directory: Path, card: GeneratorCard | DualCard, device: str) -> nn.Module:
+def load_pretrained(kind: Any, directory: Path, card: GeneratorCard | DualCard, device: str) -> Any:
     """A network on its device, evaluating, without gradients.
 
     Args:
@@ -62,8 +62,7 @@ def load_pretrained(kind: Any, directory: Path, card: GeneratorCard | DualCard, 
         )
     if torch.device(device).type == "cpu":
         keep_freed_memory()
-    loaded: nn.Module = network.to(device).eval().requires_grad_(False)
-    return loaded
+    return network.to(device).eval().requires_grad_(False)
 
 
 @contextmanager

@@ -314,7 +314,7 @@ class Worker:
         try:
             return self._free.pop()
         except IndexError:
-            sizes = {model.image_size for models in self.models() for model in models} - {None}
+            sizes = {model.image_size for models in self.models() for model in models if model.image_size is not None}
             return {size: self._upload.memory((self._batch_size, size, size, 3)) for size in sizes}
 
     def _prepare(self, row: Row, earlier: Earlier | None, pixels: _Buffers) -> tuple[Item, float]:
