@@ -150,7 +150,8 @@ def _by(field: str, default: str | None, *known: str) -> Discriminator:
     """Tells cards apart by a field, which may be left out if there is a default."""
 
     def tag(card: Any) -> Any:
-        return card.get(field, default) if isinstance(card, Mapping) else getattr(card, field, None)
+        # What is neither a mapping nor a card meets the first kind, which says so.
+        return card.get(field, default) if isinstance(card, Mapping) else getattr(card, field, known[0])
 
     return Discriminator(
         tag,
