@@ -49,13 +49,13 @@ from capfilt.printing import (
     print_training,
 )
 from capfilt.spec import (
+    AnyCard,
     BootstrapSpec,
-    CaptionerCard,
     Checkpoint,
     CurateSpec,
+    EndpointCard,
     EvaluateSpec,
     ExportSpec,
-    FilterCard,
     IngestSpec,
     Input,
     LocalCheckpoint,
@@ -228,14 +228,15 @@ def _check_input(source: Input, output: str | None = None) -> tuple[str, Layout]
     return line, footer.layout
 
 
-def _check_cards(*cards: CaptionerCard | FilterCard | None) -> Iterator[str]:
-    from capfilt.fingerprints import checkpoint_files
-    from capfilt.weights import inspect
+def _check_cards(*cards: AnyCard | None) -> Iterator[str]:
+    from capfilt.weights import files_of, inspect
 
     for card in cards:
-        if card is not None:
+        if isinstance(card, EndpointCard):
+            yield f"{card.role} {card.name}: {card.served_model} at {card.base_url}: will be asked when a run begins"
+        elif card is not None:
             inspect(card)
-            yield f"{card.role} {card.name}: {_whereabouts(card.checkpoint, checkpoint_files)}"
+            yield f"{card.role} {card.name}: {_whereabouts(card.checkpoint, files_of(card))}"
 
 
 def _check_starts(settings: PretrainSettings) -> Iterator[str]:

@@ -21,7 +21,7 @@ class FilterScore:
 
     Attributes:
         filter: name of its card.
-        itm: P(match) in [0, 1].
+        itm: P(match) in [0, 1], or another score in [0, 1] that rises with it, as the card's unit says.
         itc: cosine similarity in [-1, 1]; None where its card wants none.
     """
 

@@ -6,6 +6,7 @@
     ├── StoreError         a store refuses, or keeps failing
     ├── ImageError         one image cannot be used; carries its reason
     ├── CheckpointError    a checkpoint cannot be found, trusted or loaded
+    ├── EndpointError      an endpoint that captions does not answer as it should
     ├── DatasetError       the output tables are not what they should be
     │   └── ConflictError  another run writes to the same output     exit 4
     │       ├── LeaseHeldError  it holds the output; nothing was done
@@ -61,6 +62,10 @@ class ImageError(CapfiltError):
 
 class CheckpointError(CapfiltError):
     """A checkpoint cannot be found, trusted or loaded."""
+
+
+class EndpointError(CapfiltError):
+    """An endpoint that captions is down, refuses everyone, or is no such endpoint; no row is to blame."""
 
 
 class DatasetError(CapfiltError):

@@ -5,13 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from capfilt.errors import CheckpointError
-from capfilt.spec import CurateSpec, HubCheckpoint, LocalCheckpoint
+from capfilt.spec import (
+    AnyCard,
+    CaptionerCard,
+    CurateSpec,
+    DualCard,
+    EndpointCard,
+    FilterCard,
+    GeneratorCard,
+    HubCheckpoint,
+    LocalCheckpoint,
+)
 
 CAPTION_CODE = 2
 """Raise it when preprocessing, prompting or sampling changes what any image's caption is."""
@@ -31,6 +41,27 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
 )
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+)
+
+PROCESSOR_FILES = (
+    *dict.fromkeys((*TOKENIZER_FILES, *_VOCABULARIES)),
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
+"""What makes images and texts into the input of a model of transformers."""
+
 _WEIGHTS = (  # as transformers looks for them: one file before shards, safetensors before pickle
     "model.safetensors",
     "model.safetensors.index.json",
@@ -67,15 +98,7 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
     """
     caption = _digest(
         code=CAPTION_CODE,
-        captioners=[
-            {
-                "weights": fingerprint(card.checkpoint),
-                "prompt": card.prompt,
-                "image_size": card.image_size,
-                "dtype": card.dtype,
-            }
-            for card in spec.captioners
-        ],
+        captioners=[_identity(card) for card in spec.captioners],
         sampling=spec.sampling.model_dump(mode="json"),
         max_pixels=spec.images.max_pixels,
         max_bytes=spec.images.max_bytes,
@@ -84,17 +107,7 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
     score = _digest(
         code=SCORE_CODE,
         caption=caption,
-        filters=[
-            {
-                "weights": fingerprint(card.checkpoint),
-                "first_token": card.first_token,
-                "max_tokens": card.max_tokens,
-                "itc": card.itc,
-                "image_size": card.image_size,
-                "dtype": card.dtype,
-            }
-            for card in spec.filters
-        ],
+        filters=[_identity(card) for card in spec.filters],
         text_column=spec.input.columns.text,
         recorded_columns=[spec.input.columns.url, spec.input.columns.key],
     )
@@ -119,8 +132,37 @@ def without_withdrawn(decide: str) -> str:
     return _WITHDRAWN.sub("", decide)
 
 
-def fingerprint(checkpoint: HubCheckpoint | LocalCheckpoint) -> str:
+def _identity(card: AnyCard) -> dict[str, Any]:
+    """What a card says that changes what its model writes or scores. BLIP's never had a `model`."""
+    match card:
+        case CaptionerCard():
+            seen = {"image_size": card.image_size, "dtype": card.dtype}
+            return {"weights": fingerprint(card.checkpoint), "prompt": card.prompt, **seen}
+        case FilterCard():
+            read = {"first_token": card.first_token, "max_tokens": card.max_tokens, "itc": card.itc}
+            seen = {"image_size": card.image_size, "dtype": card.dtype}
+            return {"weights": fingerprint(card.checkpoint), **read, **seen}
+        case GeneratorCard():
+            asked: dict[str, Any] = {"prompt": card.prompt, "chat": card.chat, "dtype": card.dtype}
+        case EndpointCard():
+            asked = {"served_model": card.served_model, "revision": card.revision, "prompt": card.prompt}
+            asked |= {"parameters": card.parameters, "longest_side": card.longest_side}
+        case DualCard():
+            asked = {"unit": card.unit, "scale": card.scale, "bias": card.bias, "dtype": card.dtype}
+    if not isinstance(card, EndpointCard):
+        asked["weights"] = fingerprint(card.checkpoint, model_files)
+    if not isinstance(card, DualCard):
+        asked["sampling"] = card.sampling.model_dump(exclude_none=True)
+    return {"model": card.model, **asked}
+
+
+def fingerprint(
+    checkpoint: HubCheckpoint | LocalCheckpoint, files: Callable[[Path], Sequence[Path]] | None = None
+) -> str:
     """Identity of a checkpoint's weights, configuration and tokenizer.
+
+    Args:
+        files: lists what is needed of a directory; :func:`checkpoint_files` if not given.
 
     Returns:
         `hub:ID@REVISION`, or `sha256:HEX` over names and contents of a directory's files. A copy elsewhere is the same;
@@ -132,7 +174,7 @@ def fingerprint(checkpoint: HubCheckpoint | LocalCheckpoint) -> str:
     if isinstance(checkpoint, HubCheckpoint):
         return f"hub:{checkpoint.hub}@{checkpoint.revision}"
     whole = hashlib.sha256()
-    for file in sorted(checkpoint_files(Path(checkpoint.path))):
+    for file in sorted((files or checkpoint_files)(Path(checkpoint.path))):
         with file.open("rb") as stream:
             whole.update(f"{file.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return f"sha256:{whole.hexdigest()}"
@@ -145,12 +187,32 @@ def checkpoint_files(directory: Path) -> list[Path]:
         CheckpointError: as :func:`weight_files` and :func:`tokenizer_files`, or config.json is missing.
     """
     files = weight_files(directory)
+    return [_config_file(directory), *files, *tokenizer_files(directory)]
+
+
+def _config_file(directory: Path) -> Path:
     config = directory / "config.json"
     if not config.is_file():
         raise CheckpointError(
             f"{config}: no such file; a checkpoint directory holds config.json, weights and a tokenizer"
         )
-    return [config, *files, *tokenizer_files(directory)]
+    return config
+
+
+def model_files(directory: Path) -> list[Path]:
+    """The files that transformers makes a model other than BLIP from: config.json, weights, processor and tokenizer.
+
+    Raises:
+        CheckpointError: as :func:`checkpoint_files`, or nothing there says how images are prepared.
+    """
+    files = [*weight_files(directory), _config_file(directory)]
+    if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise CheckpointError(
+            f"{directory}: neither preprocessor_config.json nor processor_config.json; the directory is incomplete"
+        )
+    if not any((directory / name).is_file() for name in _VOCABULARIES):
+        raise CheckpointError(f"{directory}: no tokenizer.json, nor another form of a vocabulary; it is incomplete")
+    return files + [directory / name for name in PROCESSOR_FILES if (directory / name).is_file()]
 
 
 def tokenizer_files(directory: Path) -> list[Path]:

@@ -67,7 +67,7 @@ SHARD = "shard"
 SCORE_STRUCT = pa.struct(
     [
         pa.field("filter", pa.string()),  # name of the model card
-        pa.field("itm", pa.float32()),  # P(match) in [0, 1]
+        pa.field("itm", pa.float32()),  # P(match) in [0, 1]; of a `clip` or `siglip` card in the card's unit
         pa.field("itc", pa.float32()),  # cosine similarity in [-1, 1], null where the card wants none
     ]
 )

@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import BaseModel
 
 from capfilt.errors import CapfiltError, CheckpointError, SpecError
-from capfilt.spec import CaptionerCard, FilterCard, LocalCheckpoint, PretrainSettings, RunSpec, load_spec
+from capfilt.spec import AnyCard, LocalCard, LocalCheckpoint, PretrainSettings, RunSpec, load_spec
 from capfilt.spec.fields import absolute
 from capfilt.weights import inspect, inspect_starts
 
@@ -88,8 +88,8 @@ def prepare(path: str | Path, overrides: Sequence[str] = (), shared: Sequence[st
 def _look(spec: RunSpec, shared: Sequence[str]) -> None:
     """Refuse checkpoints that cannot be used; those that the cluster has are its own to look at."""
     for node in _models(spec):
-        if isinstance(node, CaptionerCard | FilterCard) and not _is_shared(node.checkpoint, shared):
-            inspect(node)
+        if isinstance(node, LocalCard) and not _is_shared(node.checkpoint, shared):
+            inspect(cast(AnyCard, node))
         elif isinstance(node, PretrainSettings) and not any(_is_shared(inner, shared) for inner in _models(node)):
             inspect_starts(node)
 

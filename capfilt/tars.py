@@ -245,6 +245,7 @@ def contents(file: Any, sample: Sample, images: Sequence[str], texts: Sequence[s
             problem = f"{about.name[:200]!r} is no JSON: {error}"[:1000]
         if not isinstance(fields, dict):
             fields = {}
+    words: str | None
     if text is not None:
         words = _read(file, text).decode("utf-8", "replace")
     else:

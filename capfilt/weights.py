@@ -5,10 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from capfilt.errors import CheckpointError, SpecError
-from capfilt.fingerprints import checkpoint_files, tokenizer_files, weight_files
-from capfilt.spec import CaptionerCard, Checkpoint, FilterCard, HubCheckpoint, LocalCheckpoint, PretrainSettings
+from capfilt.fingerprints import checkpoint_files, model_files, tokenizer_files, weight_files
+from capfilt.spec import (
+    AnyCard,
+    CaptionerCard,
+    Checkpoint,
+    DualCard,
+    EndpointCard,
+    FilterCard,
+    HubCheckpoint,
+    LocalCheckpoint,
+    PretrainSettings,
+)
 
 Complete = Callable[[Path], list[Path]]
 """Lists the files that are needed of a checkpoint; raises CheckpointError where a directory lacks one."""
@@ -20,18 +31,22 @@ DEFAULT_PATCH = 16
 """transformers' BlipVisionConfig.patch_size: a config.json may leave out what is the default."""
 
 
-def inspect(card: CaptionerCard | FilterCard, directory: Path | None = None) -> None:
+def inspect(card: AnyCard, directory: Path | None = None) -> None:
     """Refuse a checkpoint that its card cannot use. Whether the weights themselves are whole, only loading tells.
+
+    An endpoint's card has none: what it serves, only asking it tells.
 
     Args:
         directory: where the whole checkpoint is. If not given, the card's path, or what the hub's cache holds of it;
             what the cache lacks is not inspected, and the hub is not asked.
 
     Raises:
-        CheckpointError: files are missing, config.json cannot be read, the network is not the role's, or the weights
-            are a pickle that the card does not allow.
+        CheckpointError: files are missing, config.json cannot be read, the network is not the role's or the card's
+            kind, or the weights are a pickle that the card does not allow.
         SpecError: the card's image_size is no multiple of the patch size.
     """
+    if isinstance(card, EndpointCard):
+        return
     checkpoint = card.checkpoint
     in_part = directory is None and isinstance(checkpoint, HubCheckpoint)
     if directory is None:
@@ -39,18 +54,35 @@ def inspect(card: CaptionerCard | FilterCard, directory: Path | None = None) -> 
     if directory is None:
         return
     try:
-        files = checkpoint_files(directory)
+        files = files_of(card)(directory)
     except CheckpointError:
         if not in_part:
             raise
         files = []
-    patch = _patch_size(directory / "config.json", card.role)
     for file in files:
         if file.suffix == ".bin" and not card.allow_pickle:
             raise CheckpointError(
                 f"{file}: a pickle, which the card does not allow; convert it to model.safetensors, or set "
                 "allow_pickle: true (it is read as weights only, no code runs)"
             )
+    if isinstance(card, CaptionerCard | FilterCard):
+        _check_patches(card, directory)
+    else:
+        kind = _config(directory / "config.json").get("model_type")
+        if not isinstance(kind, str) or (isinstance(card, DualCard) and kind != card.model):
+            raise CheckpointError(
+                f"{directory / 'config.json'}: model_type is {kind!r}, and {card.name} is a card of `model: "
+                f"{card.model}`; name another checkpoint, or another model"
+            )
+
+
+def files_of(card: AnyCard) -> Complete:
+    """Lists the files of a card's checkpoint; raises CheckpointError where a directory lacks one."""
+    return checkpoint_files if isinstance(card, CaptionerCard | FilterCard) else model_files
+
+
+def _check_patches(card: CaptionerCard | FilterCard, directory: Path) -> None:
+    patch = _patch_size(directory / "config.json", card.role)
     if card.image_size % patch:
         raise SpecError(
             f"{card.name}: image_size {card.image_size} is not a multiple of the patch size {patch} of {directory}; "
@@ -93,12 +125,12 @@ def cached(checkpoint: HubCheckpoint) -> Path | None:
 def _patch_size(file: Path, role: str) -> int:
     """The patch size that a config.json names, if its network is the role's."""
     architecture = ARCHITECTURES[role]
+    config = _config(file)
     try:
-        config = json.loads(file.read_bytes())
         kind = config.get("model_type")
         declared = [str(name) for name in config.get("architectures") or [architecture]]
         patch = (config.get("vision_config") or {}).get("patch_size", DEFAULT_PATCH)
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (AttributeError, TypeError) as error:
         raise CheckpointError(f"{file}: not a model configuration: {error}") from error
     if kind != "blip" or architecture not in declared:
         raise CheckpointError(
@@ -107,3 +139,13 @@ def _patch_size(file: Path, role: str) -> int:
     if not isinstance(patch, int) or patch < 1:
         raise CheckpointError(f"{file}: vision_config.patch_size is {patch}, expected one number above 0")
     return patch
+
+
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not a model configuration: {error}") from error
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: not a model configuration: {type(config).__name__}")
+    return config

@@ -113,7 +113,8 @@ def read_lists(spec: Withdrawn) -> Lists:
         for text in sorted(own):
             whole.update(f"{text}\0".encode())
         names.append(frozenset(own))
-    return Lists(*names, whole.hexdigest())
+    urls, keys = names
+    return Lists(urls, keys, whole.hexdigest())
 
 
 def _found(place: str, spec: Withdrawn) -> list[str]:

@@ -16,7 +16,10 @@ from capfilt.spec import (
     CaptionerCard,
     Columns,
     CurateSpec,
+    DualCard,
+    EndpointCard,
     FilterCard,
+    GeneratorCard,
     HubCheckpoint,
     Images,
     LocalCheckpoint,
@@ -122,8 +125,8 @@ def test_what_a_field_makes_stale(field: str, value: Any, stale: tuple[str, ...]
 @pytest.mark.parametrize(
     ("prefix", "model", "constant"),
     [
-        ("captioners__0__", CaptionerCard, {"role"}),
-        ("filters__0__", FilterCard, {"role"}),
+        ("captioners__0__", CaptionerCard, {"role", "model"}),
+        ("filters__0__", FilterCard, {"role", "model"}),
         ("sampling__", Sampling, set()),
         ("images__", Images, set()),
         ("input__columns__", Columns, set()),
@@ -133,6 +136,82 @@ def test_every_field_has_a_line_above(prefix: str, model: type[BaseModel], const
     """A new field must say what it makes stale."""
     listed = {name.removeprefix(prefix) for name, _, _ in CHANGES if name.startswith(prefix)}
     assert listed == set(model.model_fields) - constant
+
+
+def other(number: int, **fields: Any) -> Fingerprints:
+    """Fingerprints where the captioner is transformers' (0) or an endpoint's (1), or the filter a dual one (2)."""
+    checkpoint = {"hub": "owner/c", "revision": REVISION}
+    thresholds = {"web": 0.3, "synthetic": 0.3}
+    asked = {"base_url": "http://h", "served_model": "m", "prompt": "p"}
+    cards: list[dict[str, Any]] = [
+        {"model": "transformers", "role": "captioner", "name": "c", "checkpoint": checkpoint},
+        {"model": "openai", "role": "captioner", "name": "c", **asked},
+        {"model": "siglip", "role": "filter", "name": "f", "checkpoint": checkpoint, "thresholds": thresholds},
+    ]
+    place = "captioners" if number < 2 else "filters"
+    return run_fingerprints(CurateSpec.model_validate({**spec_data(), place: [{**cards[number], **fields}]}))
+
+
+OTHERS: list[tuple[int, dict[str, Any], tuple[str, ...]]] = [
+    (0, {"checkpoint": OTHER}, ALL),
+    (0, {"prompt": "describe"}, ALL),
+    (0, {"chat": True}, ALL),
+    (0, {"dtype": "bfloat16"}, ALL),
+    (0, {"sampling": {"max_tokens": 40}}, ALL),
+    (0, {"name": "other"}, NONE),
+    (0, {"licence": "mit"}, NONE),
+    (0, {"placement": {"gpus": 1}}, NONE),
+    (0, {"batch_size": 1}, NONE),
+    (0, {"allow_pickle": True}, NONE),
+    (1, {"served_model": "n"}, ALL),
+    (1, {"revision": "2"}, ALL),
+    (1, {"prompt": "describe"}, ALL),
+    (1, {"parameters": "openai", "sampling": {"repetition_penalty": 1, "min_tokens": 0}}, ALL),
+    (1, {"sampling": {"top_p": 0.5}}, ALL),
+    (1, {"longest_side": 512}, ALL),
+    (1, {"base_url": "http://elsewhere"}, NONE),
+    (1, {"api_key_variable": "KEY"}, NONE),
+    (1, {"concurrency": 4}, NONE),
+    (1, {"timeout": 4}, NONE),
+    (1, {"retries": 4}, NONE),
+    (1, {"name": "other"}, NONE),
+    (1, {"licence": "mit"}, NONE),
+    (1, {"placement": {"cpus": 2}}, NONE),
+    (2, {"checkpoint": OTHER}, SCORE),
+    (2, {"unit": "probability"}, SCORE),
+    (2, {"unit": "probability", "scale": 1, "bias": 0}, SCORE),
+    (2, {"unit": "probability", "bias": 0, "scale": 2}, SCORE),
+    (2, {"dtype": "bfloat16"}, SCORE),
+    (2, {"model": "clip"}, SCORE),
+    (2, {"thresholds": {"web": 0.3, "synthetic": 0.2}}, DECIDE),
+    (2, {"name": "other"}, NONE),
+    (2, {"licence": "mit"}, NONE),
+    (2, {"placement": {"gpus": 1}}, NONE),
+    (2, {"batch_size": 1}, NONE),
+    (2, {"allow_pickle": True}, NONE),
+]
+
+
+@pytest.mark.parametrize(("number", "fields", "stale"), OTHERS, ids=[f"{n}-{fields}" for n, fields, _ in OTHERS])
+def test_what_a_field_of_another_card_makes_stale(number: int, fields: dict[str, Any], stale: tuple[str, ...]) -> None:
+    before, after = other(number), other(number, **fields)
+    assert tuple(stage for stage in ALL if getattr(before, stage) != getattr(after, stage)) == stale
+
+
+def test_every_field_of_other_cards_has_a_line_above() -> None:
+    for number, model in enumerate((GeneratorCard, EndpointCard, DualCard)):
+        listed = {name for n, fields, _ in OTHERS if n == number for name in fields}
+        assert listed | {"role", "model"} == set(model.model_fields) | {"role", "model"}
+
+
+def test_a_scale_is_no_bias() -> None:
+    probable = [{"unit": "probability", "scale": scale, "bias": bias} for scale, bias in ((1, 0), (2, 0), (1, 1))]
+    assert len({other(2, **fields).score for fields in probable}) == 3
+
+
+def test_fingerprints_of_blips_cards_are_what_they_were() -> None:
+    """A dataset that was curated before there were other models is up to date."""
+    assert prints() == Fingerprints("d4574d8b4475726b", "62a816ca807ce111", "08bc5d8f3b7cfa65")
 
 
 def test_form() -> None:

@@ -163,8 +163,8 @@ def _write(
     done: dict[int, Written] = {}
     names = folder.progress()
     for shard in shards:
-        if _progress(shard.number).rpartition("/")[2] in names and (one := folder.read(_progress(shard.number))):
-            done[shard.number] = Written.from_json(one)
+        if _progress(shard.number).rpartition("/")[2] in names and (found := folder.read(_progress(shard.number))):
+            done[shard.number] = Written.from_json(found)
     resumed, said = len(done), time.monotonic()
     writer = make_format(spec, len(shards))
     for shard, one in _written(spec, [shard for shard in shards if shard.number not in done], writer, folder):

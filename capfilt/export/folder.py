@@ -117,12 +117,12 @@ class Folder:
                     part.replace(name)
         except BaseException:
             with contextlib.suppress(Exception):  # every store raises its own kinds; what it keeps no one can read
-                file.close() if self._local else file.discard()
+                file.close() if self._local else file.discard()  # type: ignore[union-attr]  # fsspec's alone
             with contextlib.suppress(OSError, AttributeError):  # some files' `closed` is read-only
                 if self._local:
                     part.unlink()
                 else:
-                    file.closed = True  # else fsspec would upload what it holds when collected
+                    file.closed = True  # type: ignore[misc]  # else fsspec would upload what it holds when collected
             raise
 
     def put(self, path: str, data: bytes) -> FileRecord:

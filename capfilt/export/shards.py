@@ -11,6 +11,7 @@ import posixpath
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -199,15 +200,17 @@ def read_examples(shard: Shard, options: Mapping[str, Any], choice: Choice) -> I
     """
     number, last = shard.first, ("", -1)
     for one in shard.slices:
-        table = read_parquet(
-            one.url, options, lambda parquet, one=one: parquet.read_row_group(one.row_group, columns=list(_COLUMNS))
-        )
+        table = read_parquet(one.url, options, partial(_row_group, number=one.row_group))
         examples = list(_examples(table.slice(one.start, one.stop - one.start), _shard_of(one.url), number, choice))
         del table
         for example in examples:
             last = in_order(last, (example.shard, example.row), one.url)
         number += len(examples)
         yield examples
+
+
+def _row_group(parquet: pq.ParquetFile, number: int) -> pa.Table:
+    return parquet.read_row_group(number, columns=list(_COLUMNS))
 
 
 def in_order(before: tuple[str, int], now: tuple[str, int], where: str) -> tuple[str, int]:

@@ -63,4 +63,4 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     info = tarfile.TarInfo(name)
     info.size, info.mode, info.mtime = len(data), 0o644, 0
     tar.addfile(info, io.BytesIO(data))
-    tar.members.clear()  # which it would keep to the end
+    tar.members.clear()  # type: ignore[attr-defined]  # which it would keep to the end

@@ -177,11 +177,13 @@ def locate(
     checkpoint: HubCheckpoint | LocalCheckpoint,
     allow_pickle: bool,
     complete: Callable[[Path], Sequence[Path]] = checkpoint_files,
+    names: Sequence[str] = TOKENIZER_FILES,
 ) -> Path:
     """The directory that holds a checkpoint; from the hub, after a download if the cache lacks it.
 
     Args:
         complete: raises CheckpointError where a directory lacks what is needed of it.
+        names: of the files beside config.json and the weights that are downloaded.
 
     Raises:
         CheckpointError: not complete, or the hub cannot be reached, or has no such checkpoint.
@@ -190,11 +192,11 @@ def locate(
         complete(Path(checkpoint.path))
         return Path(checkpoint.path)
     try:  # a revision never changes: ask the cache first, alone
-        return _fetch(checkpoint, allow_pickle, complete, local_only=True)
+        return _fetch(checkpoint, allow_pickle, complete, names, local_only=True)
     except CheckpointError:
         pass
     try:
-        return _fetch(checkpoint, allow_pickle, complete, local_only=False)
+        return _fetch(checkpoint, allow_pickle, complete, names, local_only=False)
     except CheckpointError as error:
         raise CheckpointError(
             f"{checkpoint.hub} at {checkpoint.revision} is not in the cache and could not be downloaded: {error}\n"
@@ -205,7 +207,11 @@ def locate(
 
 
 def _fetch(
-    checkpoint: HubCheckpoint, allow_pickle: bool, complete: Callable[[Path], Sequence[Path]], local_only: bool
+    checkpoint: HubCheckpoint,
+    allow_pickle: bool,
+    complete: Callable[[Path], Sequence[Path]],
+    names: Sequence[str],
+    local_only: bool,
 ) -> Path:
     """The hub's snapshot of a revision, with the files a model needs; a pickle only for want of safetensors."""
 
@@ -217,7 +223,7 @@ def _fetch(
         )
 
     try:
-        directory = snapshot(["config.json", *TOKENIZER_FILES, *_SAFETENSORS])
+        directory = snapshot(["config.json", *names, *_SAFETENSORS])
         if allow_pickle and not any(directory.glob("model*.safetensors*")):
             directory = snapshot(_PICKLES)
     except Exception as error:  # huggingface_hub's, httpx's and the file system's have no common root

@@ -29,7 +29,7 @@ from capfilt.spec import (
     EvaluateSpec,
     FinetuneCaptionerSpec,
     FinetuneFilterSpec,
-    LocalCheckpoint,
+    LocalCard,
     PairSource,
     PretrainSpec,
     Quality,
@@ -254,7 +254,7 @@ class _Plan:
         card = load_card(Path(self._path(stage)) / f"{role}.yaml")
         settings = self.spec.curate
         kept = {"batch_size": settings.batch_size, "dtype": settings.dtype, "placement": settings.placement}
-        assert isinstance(card.checkpoint, LocalCheckpoint)
+        assert isinstance(card, LocalCard)  # of this run's own stages
         return card.model_copy(update=kept)
 
     def _curate(self, stage: str, captioner: str, judge: str, thresholds: ThresholdsOverride | None) -> CurateSpec:

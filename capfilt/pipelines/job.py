@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from capfilt.dataset import Provenance
 from capfilt.errors import CapfiltError, SpecError
@@ -17,27 +17,34 @@ from capfilt.fingerprints import Fingerprints, with_withdrawn
 from capfilt.inputs import InputFile
 from capfilt.plan import Stage
 from capfilt.receipts import Receipt
-from capfilt.spec import CaptionerCard, CurateSpec, FilterCard
+from capfilt.spec import AnyCaptioner, AnyCard, AnyFilter, CaptionerCard, CurateSpec, EndpointCard, FilterCard
 
 if TYPE_CHECKING:
-    import torch
+    import numpy as np
+    import numpy.typing as npt
 
 
 class Captioner(Protocol):
     """Writes captions. See capfilt.models.captioner.Captioner.
 
     Attributes:
-        image_size: S.
+        image_size: S; it takes images as uint8 [B, 3, S, S]. None of a :class:`Preparing` one.
         batch_size: images that it takes at a time; more are no gain.
     """
 
-    image_size: int
+    @property
+    def image_size(self) -> int | None: ...
 
     @property
     def batch_size(self) -> int: ...
 
-    def caption(self, images_BCHW: torch.Tensor, sha256: Sequence[str]) -> list[list[str]]:
-        """For each image of uint8 [B, 3, S, S], its candidates in order."""
+    def caption(self, images: Any, sha256: Sequence[str]) -> list[list[str]]:
+        """For each image its candidates in order.
+
+        Raises:
+            EndpointError: no row is to blame; the run ends.
+            Exception: anything else is the fault of one of the rows.
+        """
         ...
 
 
@@ -48,15 +55,27 @@ class Filter(Protocol):
         image_size, batch_size: as a captioner's.
     """
 
-    image_size: int
+    @property
+    def image_size(self) -> int | None: ...
 
     @property
     def batch_size(self) -> int: ...
 
-    def score(
-        self, images_BCHW: torch.Tensor, texts: Sequence[Sequence[str]]
-    ) -> Sequence[Sequence[tuple[float, float | None]]]:
+    def score(self, images: Any, texts: Sequence[Sequence[str]]) -> Sequence[Sequence[tuple[float, float | None]]]:
         """For each image, for each of its texts, (P(match), cosine similarity if its card wants one)."""
+        ...
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """A captioner or filter that makes of whole pictures what it then takes: a sequence of what `prepare` returned."""
+
+    def prepare(self, rgb: npt.NDArray[np.uint8], sha256: str) -> Any:
+        """Look at one picture, uint8 [H, W, 3], whose memory is used again afterwards. Called by several threads.
+
+        Raises:
+            Exception: the row is an error.
+        """
         ...
 
 
@@ -73,23 +92,45 @@ def load_models(spec: CurateSpec, device: str) -> Models:
 
     Raises:
         CheckpointError: a checkpoint cannot be found, trusted or loaded.
+        EndpointError: an endpoint does not caption.
         SpecError: a card or the sampling asks for more than its checkpoint can do; names the card.
     """
-    from capfilt.models.captioner import Captioner as BlipCaptioner  # transformers loads where models do
-    from capfilt.models.itm import ItmFilter
-
     captioners, filters = [], []
     for captioner in spec.captioners:
         with _named(captioner):
-            captioners.append(BlipCaptioner(captioner, spec.sampling, device))
+            captioners.append(_captioner(captioner, spec, device))
     for filter_ in spec.filters:
         with _named(filter_):
-            filters.append(ItmFilter(filter_, device))
+            filters.append(_filter(filter_, device))
     return captioners, filters
 
 
+def _captioner(card: AnyCaptioner, spec: CurateSpec, device: str) -> Captioner:
+    if isinstance(card, CaptionerCard):
+        from capfilt.models.captioner import Captioner as BlipCaptioner  # transformers loads where models do
+
+        return BlipCaptioner(card, spec.sampling, device)
+    if isinstance(card, EndpointCard):
+        from capfilt.models.endpoint import EndpointCaptioner
+
+        return EndpointCaptioner(card, card.sampled(spec.sampling))
+    from capfilt.models.generator import GeneratorCaptioner
+
+    return GeneratorCaptioner(card, card.sampled(spec.sampling), device)
+
+
+def _filter(card: AnyFilter, device: str) -> Filter:
+    if isinstance(card, FilterCard):
+        from capfilt.models.itm import ItmFilter
+
+        return ItmFilter(card, device)
+    from capfilt.models.dual import DualFilter
+
+    return DualFilter(card, device)
+
+
 @contextmanager
-def _named(card: CaptionerCard | FilterCard) -> Iterator[None]:
+def _named(card: AnyCard) -> Iterator[None]:
     """The network knows neither the card's name nor its place in the spec."""
     try:
         yield

@@ -27,6 +27,7 @@ class Item:
 
     Attributes:
         texts: the web's, then the captioners'.
+        prepared: by the model that looked at the whole picture, what it made of it.
         captions: how many of them captioners wrote in this run.
         status: None while it has yet to meet the models.
     """
@@ -37,6 +38,7 @@ class Item:
     width: int | None = None
     height: int | None = None
     texts: list[Text] = field(default_factory=list)
+    prepared: dict[object, Any] = field(default_factory=dict)
     captions: int = 0
     status: Status | None = None
     reason: Reason | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
 
 from capfilt.spec import BootstrapSpec, CurateSpec, EvaluateSpec, ExportSpec, IngestSpec, RunSpec, TrainSpec
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from capfilt.pipelines.ingest import IngestSummary
     from capfilt.pipelines.train import TrainSummary
 
-    Outcome = Summary | TrainSummary | Report | BootstrapSummary | ExportSummary | IngestSummary
+    Outcome: TypeAlias = Summary | TrainSummary | Report | BootstrapSummary | ExportSummary | IngestSummary
 
 
 @overload

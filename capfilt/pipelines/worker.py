@@ -23,13 +23,14 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter
 
 from capfilt.decide import FilterScore, Text, as_stored, decide, row_outcome
-from capfilt.errors import CapfiltError, CheckpointError, ImageError, InputError, StoreError
+from capfilt.errors import CapfiltError, CheckpointError, EndpointError, ImageError, InputError, StoreError
 from capfilt.fingerprints import run_fingerprints
 from capfilt.fragments import Fragment, Row, read_rows
 from capfilt.images import decode
@@ -37,12 +38,12 @@ from capfilt.models.preprocess import resize
 from capfilt.models.upload import Upload
 from capfilt.pipelines.attempts import Attempts
 from capfilt.pipelines.earlier import Earlier, read_earlier
-from capfilt.pipelines.job import Job, LoadModels, Models, load_models
+from capfilt.pipelines.job import Captioner, Filter, Job, LoadModels, Models, Preparing, load_models
 from capfilt.pipelines.output import Item, Output
 from capfilt.plan import Stage
 from capfilt.receipts import Receipt
 from capfilt.schema import Reason, Source, Status
-from capfilt.spec import CaptionerCard, FilterCard
+from capfilt.spec import AnyCard
 from capfilt.stores import persist
 from capfilt.text import clean
 
@@ -137,6 +138,7 @@ class Worker:
         self._load = load
         self._models: Models | None = None
         self._batch_size = 1  # images that all models take, once they are loaded
+        self._preparing: list[tuple[AnyCard, Preparing]] = []  # models that look at whole pictures
         self._upload = Upload("cpu")
         self._load_lock = threading.Lock()
         self._device_lock = threading.Lock()
@@ -231,6 +233,8 @@ class Worker:
                 f"{len(spec.captioners)} and {len(spec.filters)} cards; `load` makes a model for each"
             )
         self._batch_size = min([one.batch_size for one in captioners] + [one.batch_size for one in filters])
+        models = zip(spec.cards.values(), (*captioners, *filters), strict=True)
+        self._preparing = [(card, model) for card, model in models if isinstance(model, Preparing)]
         self._upload = Upload(device)
         self.attempts.load_ended()
         return captioners, filters
@@ -314,7 +318,7 @@ class Worker:
         try:
             return self._free.pop()
         except IndexError:
-            sizes = {model.image_size for models in self.models() for model in models}
+            sizes = {model.image_size for models in self.models() for model in models if model.image_size is not None}
             return {size: self._upload.memory((self._batch_size, size, size, 3)) for size in sizes}
 
     def _prepare(self, row: Row, earlier: Earlier | None, pixels: _Buffers) -> tuple[Item, float]:
@@ -340,8 +344,15 @@ class Worker:
                 item.format, item.width, item.height = picture.format, picture.width, picture.height
                 for size, slot in pixels.items():
                     resize(picture.rgb, size, slot, self._scratch.resized)
+                for card, model in self._preparing:
+                    with _noted(card):
+                        item.prepared[model] = model.prepare(picture.rgb, item.sha256)
             except ImageError as error:
                 item.fail(error.reason, error.detail)
+            except MemoryError:
+                raise
+            except Exception as error:  # noqa: BLE001  a processor that cannot take this picture: the row's own error
+                item.fail(Reason.MODEL_ERROR, _said(error))
         return item, time.perf_counter() - begin
 
     def _judge(self, items: list[Item], images: _Buffers) -> None:
@@ -350,12 +361,13 @@ class Worker:
             return
         try:
             self._caption_and_score(items, images)
+        except EndpointError:
+            raise  # no row's fault, whichever is alone
         except Exception as error:  # recorded as the row's own error, once it is alone
             if _device_is_lost(error):
                 raise DeviceLostError(f"the device failed: {error}") from error
             if len(items) == 1:
-                who = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
-                items[0].fail(Reason.MODEL_ERROR, f"{who}{type(error).__name__}: {' '.join(str(error).split())}")
+                items[0].fail(Reason.MODEL_ERROR, _said(error))
             else:
                 half = len(items) // 2
                 self._judge(items[:half], {size: batch[:half] for size, batch in images.items()})
@@ -367,7 +379,8 @@ class Worker:
             self._caption(items, images)
         texts = [item.texts for item in items]
         # Texts that are the same after clean-up, of whichever captioner, are scored once.
-        scores = self._scores([list(dict.fromkeys(text.clean for text in row if text.clean)) for row in texts], images)
+        unique = [list(dict.fromkeys(text.clean for text in row if text.clean)) for row in texts]
+        scores = self._scores(unique, items, images)
         scored = [
             [replace(text, scores=own[text.clean]) if text.clean else text for text in row]
             for row, own in zip(texts, scores, strict=True)
@@ -387,26 +400,39 @@ class Worker:
         texts = [item.texts[:1] for item in items]
         for card, captioner in zip(self.job.spec.captioners, self.models()[0], strict=True):
             with _noted(card):
-                captions = captioner.caption(images[captioner.image_size], sha256)
+                captions = captioner.caption(_shown(captioner, items, images), sha256)
             for row, candidates in zip(texts, captions, strict=True):
                 row += [Text(Source.SYNTHETIC, k, text, clean(text), card.name) for k, text in enumerate(candidates)]
         for item, row in zip(items, texts, strict=True):
             item.texts, item.captions = row, len(row) - 1
 
-    def _scores(self, texts: list[list[str]], images: _Buffers) -> list[dict[str, tuple[FilterScore, ...]]]:
+    def _scores(
+        self, texts: list[list[str]], items: list[Item], images: _Buffers
+    ) -> list[dict[str, tuple[FilterScore, ...]]]:
         """For each image, what all filters think of each of its texts, which differ."""
         scores: list[dict[str, tuple[FilterScore, ...]]] = [dict.fromkeys(row, ()) for row in texts]
         for card, filter_ in zip(self.job.spec.filters, self.models()[1], strict=True):
             with _noted(card):
-                judged = filter_.score(images[filter_.image_size], texts)
+                judged = filter_.score(_shown(filter_, items, images), texts)
             for of_text, row, own in zip(scores, texts, judged, strict=True):
                 for text, (itm, itc) in zip(row, own, strict=True):
                     of_text[text] += (FilterScore(card.name, as_stored(itm), None if itc is None else as_stored(itc)),)
         return scores
 
 
+def _shown(model: Captioner | Filter, items: list[Item], images: _Buffers) -> Any:
+    """What a model takes of these rows: squares of its size, or what it made of the whole pictures."""
+    return [item.prepared[model] for item in items] if model.image_size is None else images[model.image_size]
+
+
+def _said(error: Exception) -> str:
+    """One line, with the model that it is noted to come from."""
+    who = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+    return f"{who}{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 @contextmanager
-def _noted(card: CaptionerCard | FilterCard) -> Iterator[None]:
+def _noted(card: AnyCard) -> Iterator[None]:
     """Add to what a model raises which of them it was."""
     try:
         yield

@@ -9,12 +9,12 @@ from capfilt.spec.cards import (
     BatchSize,
     CaptionerCard,
     FilterCard,
-    ModelCard,
+    LocalCard,
     Placement,
     Thresholds,
     ThresholdsOverride,
 )
-from capfilt.spec.curation import CurateSpec, Decision, Keep, Sampling
+from capfilt.spec.curation import CurateSpec, Decision, Keep
 from capfilt.spec.evaluation import Captioning, EvaluateSpec, EvaluationSettings, Quality, Retrieval, Truth
 from capfilt.spec.export import ExportFormat, ExportSpec, TextRule
 from capfilt.spec.fields import (
@@ -28,8 +28,18 @@ from capfilt.spec.fields import (
     output_location,
 )
 from capfilt.spec.ingestion import Download, IngestSpec, Resize, UrlList
+from capfilt.spec.kinds import (
+    AnyCaptioner,
+    AnyCard,
+    AnyFilter,
+    DualCard,
+    EndpointCard,
+    GeneratorCard,
+    ModelCard,
+)
 from capfilt.spec.reading import RunSpec, load_card, load_curate_spec, load_spec
 from capfilt.spec.removal import Retention, Withdrawn
+from capfilt.spec.sampling import Sampling, SamplingOverride
 from capfilt.spec.training import (
     ARCHITECTURES,
     Architecture,
@@ -53,6 +63,9 @@ from capfilt.spec.training import (
 
 __all__ = [
     "ARCHITECTURES",
+    "AnyCaptioner",
+    "AnyCard",
+    "AnyFilter",
     "Architecture",
     "Augment",
     "BatchSize",
@@ -67,6 +80,8 @@ __all__ = [
     "CurateSpec",
     "Decision",
     "Download",
+    "DualCard",
+    "EndpointCard",
     "EvaluateSpec",
     "EvaluationSettings",
     "ExportFormat",
@@ -75,12 +90,14 @@ __all__ = [
     "FilterSettings",
     "FinetuneCaptionerSpec",
     "FinetuneFilterSpec",
+    "GeneratorCard",
     "HubCheckpoint",
     "Images",
     "IngestSpec",
     "Initial",
     "Input",
     "Keep",
+    "LocalCard",
     "LocalCheckpoint",
     "ModelCard",
     "Optimiser",
@@ -95,6 +112,7 @@ __all__ = [
     "Retrieval",
     "RunSpec",
     "Sampling",
+    "SamplingOverride",
     "TextRule",
     "TextTower",
     "Thresholds",

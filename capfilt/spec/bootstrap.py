@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from capfilt.spec.cards import BatchSize, Placement, ThresholdsOverride
-from capfilt.spec.curation import Sampling
 from capfilt.spec.evaluation import EvaluationSettings, Truth
 from capfilt.spec.fields import Images, Input, Model, Ray, SharedDirectory, no_percent
+from capfilt.spec.sampling import Sampling
 from capfilt.spec.training import CaptionerSettings, FilterSettings, PretrainSettings, Workers
 
 

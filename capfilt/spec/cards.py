@@ -1,4 +1,4 @@
-"""Model cards: a checkpoint, and how it is used."""
+"""Model cards: what all have in common, and those of BLIP. Those of other models: capfilt.spec.kinds."""
 
 from __future__ import annotations
 
@@ -34,10 +34,18 @@ BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_batch_size)]
 """Images in one forward pass."""
 
 
-class _Card(Model):
+class Card(Model):
+    """What every card has, whatever its model is."""
+
     name: str = Field(pattern=r"^[\w.-]{1,80}$", description="Recorded with every text the model wrote or scored.")
+    licence: str = Field(default="unknown", description="Of the weights, for the dataset card.")
+    placement: Placement = Field(default=Placement(), description="Resources of an actor that holds the model.")
+
+
+class LocalCard(Card):
+    """What a card has whose model runs here."""
+
     checkpoint: Checkpoint = Field(description="Where the weights come from: `hub` and `revision`, or `path`.")
-    image_size: int = Field(ge=8, le=1024, description="Side in pixels; images are resized to a square of it.")
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of weights and activations.")
     batch_size: BatchSize = Field(
         default="auto",
@@ -46,11 +54,14 @@ class _Card(Model):
     allow_pickle: bool = Field(
         default=False, description="Load pytorch_model.bin where no safetensors exist (weights only, still no code)."
     )
-    licence: str = Field(default="unknown", description="Of the weights, for the dataset card.")
-    placement: Placement = Field(default=Placement(), description="Resources of an actor that holds the model.")
 
 
-class CaptionerCard(_Card):
+class _BlipCard(LocalCard):
+    model: Literal["blip"] = Field(default="blip", description="Other models have cards of their own.")
+    image_size: int = Field(ge=8, le=1024, description="Side in pixels; images are resized to a square of it.")
+
+
+class CaptionerCard(_BlipCard):
     """A BLIP captioner (`BlipForConditionalGeneration`)."""
 
     role: Literal["captioner"]
@@ -75,7 +86,7 @@ class Thresholds(ThresholdsOverride):
     synthetic: float = Field(default=0.5, ge=0, le=1, description="For captioners' texts.")
 
 
-class FilterCard(_Card):
+class FilterCard(_BlipCard):
     """A BLIP filter (`BlipForImageTextRetrieval`)."""
 
     role: Literal["filter"]
@@ -90,5 +101,7 @@ class FilterCard(_Card):
         description="Score image-text contrast, too: recorded, never decided by; another pass over every text.",
     )
 
-
-ModelCard = Annotated[CaptionerCard | FilterCard, Field(discriminator="role")]
+    @property
+    def unit(self) -> Literal["probability"]:
+        """What its scores are."""
+        return "probability"

@@ -8,35 +8,16 @@ from typing import Literal, TypeVar
 
 from pydantic import Field, field_validator, model_validator
 
-from capfilt.spec.cards import CaptionerCard, FilterCard, Placement, Thresholds, ThresholdsOverride
+from capfilt.spec.cards import CaptionerCard, Card, Placement, Thresholds, ThresholdsOverride
 from capfilt.spec.fields import Images, Input, Model, OutputLocation, Ray, StorageOptions
+from capfilt.spec.kinds import AnyCaptioner, AnyCard, AnyFilter
 from capfilt.spec.removal import Retention, Withdrawn
+from capfilt.spec.sampling import Sampling
 
 Decision = Literal["mean", "vote"]
 Keep = Literal["best", "all-above-threshold"]
 
-_Card = TypeVar("_Card", CaptionerCard, FilterCard)
-
-
-class Sampling(Model):
-    """How captioners write (BLIP section 3.3: nucleus sampling, p = 0.9)."""
-
-    candidates: int = Field(default=1, ge=1, le=64, description="Captions that each captioner writes for an image.")
-    top_p: float = Field(default=0.9, gt=0, le=1, description="Nucleus: the smallest set with this probability.")
-    top_k: int = Field(default=0, ge=0, description="0 is off, as in the paper; transformers' default is 50.")
-    temperature: float = Field(default=1.0, gt=0, le=10, description="Divides the logits.")
-    repetition_penalty: float = Field(
-        default=1.1, ge=1, le=10, description="Divides (multiplies) positive (negative) logits of tokens used."
-    )
-    min_tokens: int = Field(default=6, ge=0, le=500, description="New tokens before the end token may come.")
-    max_tokens: int = Field(default=26, ge=1, le=500, description="New tokens at the most, prompt not counted.")
-    seed: int = Field(default=0, ge=0, le=2**63 - 1, description="Of every caption, with the image's sha256.")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Sampling:
-        if self.min_tokens > self.max_tokens:
-            raise ValueError(f"min_tokens ({self.min_tokens}) is above max_tokens ({self.max_tokens})")
-        return self
+_Card = TypeVar("_Card", bound=Card)
 
 
 class CurateSpec(Model):
@@ -48,10 +29,10 @@ class CurateSpec(Model):
     output_options: StorageOptions = Field(
         default={}, description="For the output's store: endpoint_url, region, ... never a secret."
     )
-    captioners: tuple[CaptionerCard, ...] = Field(
+    captioners: tuple[AnyCaptioner, ...] = Field(
         min_length=1, description="Cards, or their paths; each captions every image. Of equal scores the first's wins."
     )
-    filters: tuple[FilterCard, ...] = Field(
+    filters: tuple[AnyFilter, ...] = Field(
         min_length=1, description="Cards, or their paths; each scores every text. Texts are ranked by the mean."
     )
     sampling: Sampling = Sampling()
@@ -107,10 +88,25 @@ class CurateSpec(Model):
             )
         return cards
 
+    @model_validator(mode="after")
+    def _understood(self) -> CurateSpec:
+        """What only the spec as a whole can tell of a card."""
+        for card in self.captioners:
+            if not isinstance(card, CaptionerCard):
+                card.sampled(self.sampling)
+        units = {card.name: card.unit for card in self.filters}
+        if len(set(units.values())) > 1 and (self.decision == "mean" or self.thresholds):
+            listed = ", ".join(f"{name}: {unit}" for name, unit in units.items())
+            raise ValueError(
+                f"the filters' scores have unlike units ({listed}): no mean, and no threshold for all, has a meaning; "
+                "use decision: vote and leave thresholds to the cards"
+            )
+        return self
+
     @property
-    def cards(self) -> dict[str, CaptionerCard | FilterCard]:
+    def cards(self) -> dict[str, AnyCard]:
         """Of all models of the run, by their place in the spec: `captioners.0`, ..., `filters.0`, ..."""
-        captioners = {f"captioners.{number}": card for number, card in enumerate(self.captioners)}
+        captioners: dict[str, AnyCard] = {f"captioners.{number}": card for number, card in enumerate(self.captioners)}
         return captioners | {f"filters.{number}": card for number, card in enumerate(self.filters)}
 
     @property

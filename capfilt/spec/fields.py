@@ -54,10 +54,14 @@ def _secret(what: str) -> PydanticCustomError:
     return PydanticCustomError("secret", "{what} looks like a secret; {why}", {"what": what, "why": why})
 
 
-def _resolve(path: str, info: ValidationInfo) -> str:
-    if _SECRET_VALUE.search(path):
+def no_secret(url: str) -> str:
+    if _SECRET_VALUE.search(url):
         raise _secret("what stands in this URL")
-    return absolute(path, (info.context or {}).get("base", os.curdir))
+    return url
+
+
+def _resolve(path: str, info: ValidationInfo) -> str:
+    return absolute(no_secret(path), (info.context or {}).get("base", os.curdir))
 
 
 def no_percent(output: str) -> str:

@@ -13,12 +13,12 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from capfilt.errors import SpecError
 from capfilt.spec.bootstrap import BootstrapSpec
-from capfilt.spec.cards import CaptionerCard, FilterCard, ModelCard
 from capfilt.spec.curation import CurateSpec
 from capfilt.spec.evaluation import EvaluateSpec
 from capfilt.spec.export import ExportSpec
 from capfilt.spec.fields import absolute
 from capfilt.spec.ingestion import IngestSpec
+from capfilt.spec.kinds import AnyCard, ModelCard
 from capfilt.spec.training import FinetuneCaptionerSpec, FinetuneFilterSpec, PretrainSpec
 
 RunSpec = (
@@ -98,13 +98,13 @@ def load_curate_spec(path: str | Path, overrides: Sequence[str] = ()) -> CurateS
     return spec
 
 
-def load_card(path: str | Path) -> CaptionerCard | FilterCard:
+def load_card(path: str | Path) -> AnyCard:
     """Read a model card.
 
     Raises:
         SpecError: as :func:`load_spec`.
     """
-    card: CaptionerCard | FilterCard = _validated(ModelCard, _read_yaml(Path(path)), Path(path))
+    card: AnyCard = _validated(ModelCard, _read_yaml(Path(path)), Path(path))
     return card
 
 
@@ -189,6 +189,12 @@ def _models(annotation: Any) -> set[type[BaseModel]]:
     return {model for inner in get_args(annotation) for model in _models(inner)}
 
 
+def _of_kind(models: set[type[BaseModel]], tag: Any) -> set[type[BaseModel]]:
+    """Those of the models whose field `model` may hold the tag: the cards of a kind."""
+    fields = {model: model.model_fields.get("model") for model in models}
+    return {model for model, field in fields.items() if field and tag in get_args(field.annotation)}
+
+
 def _explain(item: Any, what: Any) -> str:
     """One line for one pydantic error: the field's path, what is wrong and, for an unknown key, the nearest name."""
     models, path = _models(what), []
@@ -197,9 +203,12 @@ def _explain(item: Any, what: Any) -> str:
         inner = {model for field in fields for model in _models(field.annotation)}
         if inner or isinstance(part, int) or (fields and isinstance(following, int)):
             path.append(str(part))
-        models = inner or models  # a union's tag in the location is no field, though it may be named as one
+        # a union's tag in the location is no field, though it may be named as one
+        models = inner or _of_kind(models, part) or models
     last = str(item["loc"][-1]) if item["loc"] else ""
-    field = ".".join([*path, last])
+    if _of_kind(models, last) and not any(last in model.model_fields for model in models):
+        last = ""  # the tag of a card that is wrong as a whole
+    field = ".".join([*path, last]).removesuffix(".") if path else last
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(last, {name for model in models for name in model.model_fields}, n=1)
         return f"{field}: unknown field" + (f"; did you mean {near[0]}?" if near else "")
