@@ -155,6 +155,11 @@ def row_outcome(texts: Sequence[Text]) -> tuple[Status, Reason | None]:
     return Status.DROPPED, Reason.NO_MATCH
 
 
+def withheld(texts: Sequence[Text], reason: Reason) -> list[Text]:
+    """The texts of a row that is dropped as a whole: none is kept, and those that would be say why."""
+    return [text.judged(reason) if text.kept else text for text in texts]
+
+
 def best_text(texts: Sequence[Text]) -> Text:
     """The kept text with the highest mean ITM score; the web text wins a tie, then the first.
 

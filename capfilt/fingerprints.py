@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.errors import CheckpointError
+from capfilt.perceptual import HASH_CODE
 from capfilt.spec import CurateSpec, HubCheckpoint, LocalCheckpoint
 
 CAPTION_CODE = 2
@@ -42,13 +43,20 @@ class Fingerprints:
     Attributes:
         caption: of each captioner in order weights, prompt and image size; sampling, preprocessing, image column.
         score: caption, of each filter in order weights and how it reads a text, text column, columns that are recorded
-            (these change no score, but are read from the input, which a decision from the scores on record is not).
-        decide: score, thresholds, how filters decide together, which texts stay.
+            (these change no score, but are read from the input, which a decision from the scores on record is not);
+            whether perceptual hashes are.
+        decide: score, thresholds, how filters decide together, which texts stay, which copies. On record it ends, where
+            rows of the shard are dropped as copies, with `+` and a digest of these (see capfilt.duplicates).
     """
 
     caption: str
     score: str
     decide: str
+
+
+def without_copies(decide: str) -> str:
+    """A decide fingerprint without what it says of the rows that are dropped as copies of others."""
+    return decide.partition("+")[0]
 
 
 def run_fingerprints(spec: CurateSpec) -> Fingerprints:
@@ -92,6 +100,7 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
         ],
         text_column=spec.input.columns.text,
         recorded_columns=[spec.input.columns.url, spec.input.columns.key],
+        **_if_given(perceptual_hash=HASH_CODE if spec.duplicates and spec.duplicates.near_bits is not None else None),
     )
     decide = _digest(
         code=DECIDE_CODE,
@@ -99,6 +108,7 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
         thresholds=[own.model_dump(mode="json") for own in spec.effective_thresholds],
         decision=spec.decision,
         keep=spec.keep,
+        **_if_given(duplicates=spec.duplicates and spec.duplicates.model_dump(mode="json")),
     )
     return Fingerprints(caption, score, decide)
 
@@ -177,6 +187,11 @@ def _shards(index: Path) -> list[Path]:
         if shard.parent != index.parent or not shard.is_file():
             raise CheckpointError(f"{index}: names {shard.name}, which is not beside it; the download is incomplete")
     return shards
+
+
+def _if_given(**fields: Any) -> dict[str, Any]:
+    """What came later than the fingerprints, and leaves those alone that do without it."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _digest(**fields: Any) -> str:

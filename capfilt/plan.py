@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from capfilt.dataset import ShardState
-from capfilt.fingerprints import Fingerprints
+from capfilt.fingerprints import Fingerprints, without_copies
 from capfilt.inputs import InputFile, list_inputs, stem
 from capfilt.spec import CurateSpec
 
@@ -29,11 +29,12 @@ class Why(StrEnum):
     CAPTION = "captioners, sampling or preprocessing changed"
     SCORE = "filters changed"
     DECIDE = "thresholds or rules changed"
+    COPIES = "other rows are copies"
 
     @property
     def stage(self) -> Stage:
         """The first stage that is stale."""
-        return {Why.SCORE: Stage.SCORE, Why.DECIDE: Stage.DECIDE}.get(self, Stage.CAPTION)
+        return {Why.SCORE: Stage.SCORE, Why.DECIDE: Stage.DECIDE, Why.COPIES: Stage.DECIDE}.get(self, Stage.CAPTION)
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Plan:
             or `done` like any other.
         rows: of the shards to do whose input is as it was, by shard.
         rows_per_byte: of the inputs that are as they were; None if there are none.
+        files: all inputs.
     """
 
     todo: tuple[tuple[InputFile, Why], ...]
@@ -56,6 +58,7 @@ class Plan:
     moved: int = 0
     rows: Mapping[str, int] = field(default_factory=dict)
     rows_per_byte: float | None = None
+    files: tuple[InputFile, ...] = ()
 
     @property
     def reasons(self) -> Counter[Why]:
@@ -88,6 +91,7 @@ def make_plan(spec: CurateSpec, fingerprints: Fingerprints, committed: Mapping[s
         gone=tuple(sorted(shard for shard in committed if shard not in names)),
         moved=sum(was is not now for was, now in zip(listed, files, strict=True)),
         rows={file.shard: committed[file.shard].rows for file, why in reasons if why not in (None, Why.NEW, Why.INPUT)},
+        files=tuple(files),
         rows_per_byte=_rows_per_byte([(file, committed[file.shard]) for file in files if file.shard in committed]),
     )
 
@@ -126,6 +130,6 @@ def why_stale(file: InputFile, now: Fingerprints, state: ShardState | None) -> W
         return Why.CAPTION
     if was.score_fingerprint != now.score:
         return Why.SCORE
-    if was.decide_fingerprint != now.decide:
+    if without_copies(was.decide_fingerprint) != now.decide:
         return Why.DECIDE
     return None

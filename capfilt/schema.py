@@ -38,6 +38,10 @@ class Reason(StrEnum):
     NO_IMAGE = "no_image"  # the row came without an image (a failed download, say)
     NO_TEXT = "no_text"  # nothing to judge: no web text, and the captioners wrote nothing
     NO_MATCH = "no_match"  # texts were judged, none was kept
+    # rows: dropped, and texts of theirs that match; `duplicate_of` names the row that stays
+    DUPLICATE = "duplicate"  # the same bytes as an image that is kept
+    NEAR_DUPLICATE = "near_duplicate"  # to the eye the same as an image that is kept
+    SAME_URL = "same_url"  # enough rows of this URL are kept
     # rows: errors
     EMPTY_IMAGE = "empty_image"  # zero bytes
     NOT_AN_IMAGE = "not_an_image"  # HTML, SVG, text, an unknown or unsupported format
@@ -55,6 +59,9 @@ class Reason(StrEnum):
     NOT_BEST = "not_best"  # above the threshold, but another synthetic text scored higher; under `keep: best`
     NOT_SCORED = "not_scored"  # the row is an error or has no image
 
+
+COPIES = (Reason.DUPLICATE, Reason.NEAR_DUPLICATE, Reason.SAME_URL)
+"""Of rows whose texts match, and that would be kept if another were not."""
 
 ANNOTATIONS = "annotations"
 PAIRS = "pairs"
@@ -85,6 +92,8 @@ TEXT_STRUCT = pa.struct(
     ]
 )
 
+ROW_STRUCT = pa.struct([pa.field("shard", pa.string()), pa.field("row", pa.int64())])
+
 CAPTION_STRUCT = pa.struct(
     [
         pa.field("text", pa.string()),
@@ -113,11 +122,16 @@ ANNOTATION_FILE_SCHEMA = pa.schema(
         *_PICTURE,
         pa.field("image_bytes", pa.int64()),  # encoded size, null without an image
         pa.field("source_sha256", pa.string()),  # what the input says (img2dataset: of the download)
+        pa.field(
+            "perceptual_hash", pa.binary()
+        ),  # see capfilt.perceptual; null where near duplicates are not looked for
         pa.field("status", pa.string()),  # Status
         pa.field("reason", pa.string()),  # Reason, null where kept
         pa.field("detail", pa.string()),  # of an error, one line for a person; null unless an error
+        pa.field("duplicate_of", ROW_STRUCT),  # the row that is kept in place of this one; null where no copy
         pa.field("note", pa.string()),  # what the input says of a missing image (img2dataset's status and error)
         pa.field("texts", pa.list_(TEXT_STRUCT)),  # every text: web first, then each captioner's candidates, in order
+        pa.field("generation", pa.int64()),  # when its texts were scored; of copies the earliest stays
         pa.field("seed", pa.int64()),
         pa.field("caption_fingerprint", pa.string()),
         pa.field("score_fingerprint", pa.string()),

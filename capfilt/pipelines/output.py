@@ -40,6 +40,7 @@ class Item:
     status: Status | None = None
     reason: Reason | None = None
     detail: str | None = None
+    perceptual_hash: bytes | None = None
 
     def fail(self, reason: Reason, detail: str) -> None:
         """Record an error."""
@@ -122,6 +123,9 @@ class Output:
                 **picture,
                 "image_bytes": None if image is None else len(image),
                 "source_sha256": row.sha256,
+                "perceptual_hash": item.perceptual_hash,
+                "duplicate_of": None,  # found once all shards are there
+                "generation": self.job.generation,
                 **outcome,
             },
             _bytes(item.texts),

@@ -35,6 +35,7 @@ from capfilt.fragments import Fragment, Row, read_rows
 from capfilt.images import decode
 from capfilt.models.preprocess import resize
 from capfilt.models.upload import Upload
+from capfilt.perceptual import perceptual_hash
 from capfilt.pipelines.attempts import Attempts
 from capfilt.pipelines.earlier import Earlier, read_earlier
 from capfilt.pipelines.job import Job, LoadModels, Models, load_models
@@ -143,6 +144,7 @@ class Worker:
         self._turns = _Turns()
         self._threads = max(1, math.floor(job.spec.placement.cpus))
         self._scratch = _Scratch()
+        self._hashes = job.spec.duplicates is not None and job.spec.duplicates.near_bits is not None
         self._free: deque[_Buffers] = deque()
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
 
@@ -334,6 +336,8 @@ class Worker:
             try:
                 picture = decode(row.image, self.job.spec.images, self._scratch.pixels)
                 item.format, item.width, item.height = picture.format, picture.width, picture.height
+                if self._hashes:
+                    item.perceptual_hash = perceptual_hash(picture.rgb)
                 for size, slot in pixels.items():
                     resize(picture.rgb, size, slot, self._scratch.resized)
             except ImageError as error:

@@ -14,7 +14,7 @@ from capfilt.spec.cards import (
     Thresholds,
     ThresholdsOverride,
 )
-from capfilt.spec.curation import CurateSpec, Decision, Keep, Sampling
+from capfilt.spec.curation import CurateSpec, Decision, Duplicates, Keep, Sampling
 from capfilt.spec.evaluation import Captioning, EvaluateSpec, EvaluationSettings, Quality, Retrieval, Truth
 from capfilt.spec.fields import (
     Checkpoint,
@@ -63,6 +63,7 @@ __all__ = [
     "CurateSettings",
     "CurateSpec",
     "Decision",
+    "Duplicates",
     "EvaluateSpec",
     "EvaluationSettings",
     "FilterCard",

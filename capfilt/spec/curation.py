@@ -38,6 +38,20 @@ class Sampling(Model):
         return self
 
 
+class Duplicates(Model):
+    """Copies: rows whose image, or URL, another row that is kept has. Found over all shards once they are decided."""
+
+    near_bits: int | None = Field(
+        default=None,
+        ge=0,
+        le=16,
+        description="Images whose perceptual hashes differ in at most so many of 128 bits are copies, too; 10 finds "
+        "images resized, recompressed or cropped by up to 5%. None compares bytes (sha256) alone.",
+    )
+    max_per_image: int = Field(default=1, ge=1, description="Rows of one image that stay, each with its own texts.")
+    max_per_url: int | None = Field(default=None, ge=1, description="Rows of one URL that stay; all if not given.")
+
+
 class CurateSpec(Model):
     """One CapFilt run: caption, score, decide, commit."""
 
@@ -65,6 +79,7 @@ class CurateSpec(Model):
         description="Which of an image's synthetic texts that match stay: the best one, or all that differ. A web text "
         "is judged by itself.",
     )
+    duplicates: Duplicates | None = Field(default=None, description="Drop copies; not looked for if not given.")
     images: Images = Images()
     fragment_rows: int = Field(
         default=1000,
