@@ -76,6 +76,9 @@ class Found:
 
     by_shard: Mapping[str, Mapping[int, Copy]] = field(default_factory=dict)
 
+    def __len__(self) -> int:
+        return sum(map(len, self.by_shard.values()))
+
     def of(self, shard: str) -> Mapping[int, Copy]:
         """The copies in a shard, by row."""
         return self.by_shard.get(shard, {})
