@@ -45,8 +45,9 @@ class Fingerprints:
         score: caption, of each filter in order weights and how it reads a text, text column, columns that are recorded
             (these change no score, but are read from the input, which a decision from the scores on record is not);
             whether perceptual hashes are.
-        decide: score, thresholds, how filters decide together, which texts stay, which copies. On record it ends, where
-            rows of the shard are dropped as copies, with `+` and a digest of these (see capfilt.duplicates).
+        decide: score, thresholds, how filters decide together, which texts stay, which copies, what is kept out. On
+            record it ends, where rows of the shard are dropped as copies, with `+` and a digest of these (see
+            capfilt.duplicates).
     """
 
     caption: str
@@ -108,7 +109,10 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
         thresholds=[own.model_dump(mode="json") for own in spec.effective_thresholds],
         decision=spec.decision,
         keep=spec.keep,
-        **_if_given(duplicates=spec.duplicates and spec.duplicates.model_dump(mode="json")),
+        **_if_given(
+            duplicates=spec.duplicates and spec.duplicates.model_dump(mode="json"),
+            keep_out=(spec.keep_out and spec.keep_out.model_dump(mode="json", exclude_defaults=True)) or None,
+        ),
     )
     return Fingerprints(caption, score, decide)
 

@@ -25,9 +25,11 @@ BYTES = 16
 VIEWS = 10
 """Hashes of a picture: the whole one first."""
 
+SIDE = 64
+"""In pixels, of what the grids are taken from."""
+
 _WINDOW = 0.95
 _CELLS = 8
-_SIDE = 64  # of what the grids are taken from
 _VISIBLE = 1.5  # grey levels between neighbouring cells
 _LEAST_VISIBLE = 40  # of 128 differences; a picture with fewer is plain
 
@@ -35,9 +37,9 @@ Bits = npt.NDArray[np.uint8]
 
 
 def _cells(start: float, stop: float, cells: int) -> npt.NDArray[np.float32]:
-    """[cells, _SIDE]: the mean of each of the cells that [start, stop) of a side is cut into, as weights of pixels."""
-    edges = np.linspace(start, stop, cells + 1)[:, None] * _SIDE
-    pixels = np.arange(_SIDE)
+    """[cells, SIDE]: the mean of each of the cells that [start, stop) of a side is cut into, as weights of pixels."""
+    edges = np.linspace(start, stop, cells + 1)[:, None] * SIDE
+    pixels = np.arange(SIDE)
     overlap = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
     return (np.maximum(overlap, 0) / (edges[1:] - edges[:-1])).astype(np.float32)
 
@@ -60,10 +62,14 @@ def perceptual_hash(rgb: npt.NDArray[np.uint8]) -> bytes | None:
     Returns:
         VIEWS x BYTES bytes; None where the picture is too plain.
     """
-    grey = Image.fromarray(rgb).convert("L").resize((_SIDE, _SIDE), Image.Resampling.BOX)
-    side = np.asarray(grey, np.float32)
-    across = np.diff(_FEW_ROWS @ side @ _MORE_COLUMNS, axis=2).reshape(VIEWS, -1)
-    down = np.diff(_MORE_ROWS @ side @ _FEW_COLUMNS, axis=1).reshape(VIEWS, -1)
+    grey = Image.fromarray(rgb).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+    return hash_of_grey(np.asarray(grey, np.float32))
+
+
+def hash_of_grey(grey: npt.NDArray[np.float32]) -> bytes | None:
+    """The hashes of a picture squeezed to [SIDE, SIDE], in grey levels; as :func:`perceptual_hash`."""
+    across = np.diff(_FEW_ROWS @ grey @ _MORE_COLUMNS, axis=2).reshape(VIEWS, -1)
+    down = np.diff(_MORE_ROWS @ grey @ _FEW_COLUMNS, axis=1).reshape(VIEWS, -1)
     differences = np.concatenate([across, down], axis=1)
     if np.count_nonzero(np.abs(differences[0]) > _VISIBLE) < _LEAST_VISIBLE:
         return None

@@ -42,6 +42,7 @@ class Reason(StrEnum):
     DUPLICATE = "duplicate"  # the same bytes as an image that is kept
     NEAR_DUPLICATE = "near_duplicate"  # to the eye the same as an image that is kept
     SAME_URL = "same_url"  # enough rows of this URL are kept
+    KEPT_OUT_DOMAIN = "kept_out_domain"  # its URL is under one of keep_out.domains; and its texts that match
     # rows: errors
     EMPTY_IMAGE = "empty_image"  # zero bytes
     NOT_AN_IMAGE = "not_an_image"  # HTML, SVG, text, an unknown or unsupported format
@@ -54,6 +55,7 @@ class Reason(StrEnum):
     UNREADABLE_ROW = "unreadable_row"  # the input file's pages holding this row cannot be read
     # texts
     BELOW_THRESHOLD = "below_threshold"  # the ITM head says unmatched: the filters' mean, or half of their votes
+    KEPT_OUT_WORD = "kept_out_word"  # it has one of keep_out.words; and a row of which no other text is there to judge
     EMPTY_TEXT = "empty_text"  # null, or nothing is left after clean-up
     DUPLICATE_TEXT = "duplicate_text"  # the same, after clean-up, as a text of this image judged before it
     NOT_BEST = "not_best"  # above the threshold, but another synthetic text scored higher; under `keep: best`

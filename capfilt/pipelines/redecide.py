@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from capfilt.dataset import DataFile, ShardFiles
-from capfilt.decide import Text, decide, row_outcome, withheld
+from capfilt.decide import Text, withheld
 from capfilt.duplicates import Copy
 from capfilt.errors import DatasetError, InputError, StoreError
 from capfilt.fragments import Fragment, read_footer, read_rows
@@ -30,6 +30,7 @@ from capfilt.pipelines.earlier import read_annotations, table_url, texts_of
 from capfilt.pipelines.job import Job
 from capfilt.pipelines.output import Output
 from capfilt.receipts import Receipt
+from capfilt.rules import Rules
 from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE, ROW_STRUCT, TEXT_STRUCT, Reason, Status
 from capfilt.stores import one_line, persist
 
@@ -147,7 +148,7 @@ def _redecide(job: Job, work: Redecision) -> Receipt:
 
 def _judge(job: Job, work: Redecision, out: Output, table: pa.Table) -> tuple[pa.Table, bool]:
     """The rows with new verdicts, counted; and whether the same texts are kept as before."""
-    spec, thresholds = job.spec, job.spec.effective_thresholds
+    rules, urls = Rules(job.spec), table["url"].to_pylist()
     old = table["texts"].combine_chunks()
     flat = old.flatten()
     was_kept = pc.struct_field(flat, "kept").to_pylist()
@@ -164,13 +165,12 @@ def _judge(job: Job, work: Redecision, out: Output, table: pa.Table) -> tuple[pa
             because += was_because[own]
         else:
             try:
-                verdicts = decide(texts, thresholds, spec.decision, spec.keep)
+                verdicts, statuses[n], reasons[n] = rules.judge(texts, urls[n])
             except ValueError as error:
                 where = f"{table_url(job, ANNOTATIONS, work.annotations.path)}: row {rows[n]}"
                 raise InputError(
                     f"{where} cannot be judged: {error}. Touch {work.file.path} to curate it anew"
                 ) from error
-            statuses[n], reasons[n] = row_outcome(verdicts)
             if statuses[n] is Status.KEPT and (copy := copies.get(rows[n])):
                 statuses[n], reasons[n] = Status.DROPPED, copy.reason
                 originals[n] = {"shard": copy.shard, "row": copy.row}

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from capfilt.decide import FilterScore, Text, as_stored, decide, row_outcome
+from capfilt.decide import FilterScore, Text, as_stored
 from capfilt.errors import CapfiltError, CheckpointError, ImageError, InputError, StoreError
 from capfilt.fingerprints import run_fingerprints
 from capfilt.fragments import Fragment, Row, read_rows
@@ -42,6 +42,7 @@ from capfilt.pipelines.job import Job, LoadModels, Models, load_models
 from capfilt.pipelines.output import Item, Output
 from capfilt.plan import Stage
 from capfilt.receipts import Receipt
+from capfilt.rules import Rules
 from capfilt.schema import Reason, Source, Status
 from capfilt.spec import CaptionerCard, FilterCard
 from capfilt.stores import persist
@@ -144,6 +145,7 @@ class Worker:
         self._turns = _Turns()
         self._threads = max(1, math.floor(job.spec.placement.cpus))
         self._scratch = _Scratch()
+        self._rules = Rules(job.spec)
         self._hashes = job.spec.duplicates is not None and job.spec.duplicates.near_bits is not None
         self._free: deque[_Buffers] = deque()
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
@@ -362,7 +364,6 @@ class Worker:
                 self._judge(items[half:], {size: batch[half:] for size, batch in images.items()})
 
     def _caption_and_score(self, items: list[Item], images: _Buffers) -> None:
-        spec = self.job.spec
         if self.job.stage is Stage.CAPTION:
             self._caption(items, images)
         texts = [item.texts for item in items]
@@ -372,11 +373,11 @@ class Worker:
             [replace(text, scores=own[text.clean]) if text.clean else text for text in row]
             for row, own in zip(texts, scores, strict=True)
         ]
-        thresholds = spec.effective_thresholds
-        verdicts = [decide(row, thresholds, spec.decision, spec.keep) for row in scored]
-        for item, row in zip(items, verdicts, strict=True):  # once none can raise: a row has all of its fate or nothing
-            item.texts = row
-            item.status, item.reason = row_outcome(row)
+        verdicts = [self._rules.judge(row, item.row.url) for item, row in zip(items, scored, strict=True)]
+        for item, verdict in zip(
+            items, verdicts, strict=True
+        ):  # once none can raise: a row has all its fate or nothing
+            item.texts, item.status, item.reason = verdict
 
     def _caption(self, items: list[Item], images: _Buffers) -> None:
         """Give each row, after the web's text, those that each captioner writes.

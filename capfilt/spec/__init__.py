@@ -14,7 +14,7 @@ from capfilt.spec.cards import (
     Thresholds,
     ThresholdsOverride,
 )
-from capfilt.spec.curation import CurateSpec, Decision, Duplicates, Keep, Sampling
+from capfilt.spec.curation import CurateSpec, Decision, Duplicates, Keep, KeepOut, Sampling
 from capfilt.spec.evaluation import Captioning, EvaluateSpec, EvaluationSettings, Quality, Retrieval, Truth
 from capfilt.spec.fields import (
     Checkpoint,
@@ -75,6 +75,7 @@ __all__ = [
     "Initial",
     "Input",
     "Keep",
+    "KeepOut",
     "LocalCheckpoint",
     "ModelCard",
     "Optimiser",

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
+from pathlib import Path
 from statistics import fmean
-from typing import Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+import idna
+import regex
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from capfilt.spec.cards import CaptionerCard, FilterCard, Placement, Thresholds, ThresholdsOverride
-from capfilt.spec.fields import Images, Input, Model, OutputLocation, Ray, StorageOptions
+from capfilt.spec.fields import Images, Input, Model, OutputLocation, Ray, StorageOptions, absolute
 
 Decision = Literal["mean", "vote"]
 Keep = Literal["best", "all-above-threshold"]
@@ -52,6 +57,50 @@ class Duplicates(Model):
     max_per_url: int | None = Field(default=None, ge=1, description="Rows of one URL that stay; all if not given.")
 
 
+def _listed(value: Any, info: ValidationInfo) -> Any:
+    """A list, or the lines of the file that is named in its place; relative to the spec's."""
+    if not isinstance(value, str):
+        return value
+    path = Path(absolute(value, (info.context or {}).get("base", os.curdir)))
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}; a list is given as such, or as a text file") from error
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _domain(name: str) -> str:
+    """In ASCII, lower case."""
+    try:
+        ascii_ = name.strip().lower() if name.isascii() else idna.encode(name.strip(), uts46=True).decode()
+    except idna.IDNAError as error:
+        raise ValueError(f"{name} is no domain: {error}") from error
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", ascii_, re.ASCII):
+        raise ValueError(f"{name} is no domain; write `example.org`, which keeps its subdomains out, too")
+    return ascii_
+
+
+def _phrase(text: str) -> str:
+    if not regex.search(r"[\p{L}\p{N}]", text):
+        raise ValueError(f"{text!r} has no letter or digit, so it is in no text")
+    return text.strip()
+
+
+def _in_order(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(set(names)))  # neither order nor repetition makes decisions stale
+
+
+class KeepOut(Model):
+    """What is not to be in the dataset, whatever its scores. Each is a list, or a text file of one a line."""
+
+    domains: Annotated[
+        tuple[Annotated[str, AfterValidator(_domain)], ...], BeforeValidator(_listed), AfterValidator(_in_order)
+    ] = Field(default=(), description="Rows whose URL is under one of these are dropped; `example.org`, any script.")
+    words: Annotated[
+        tuple[Annotated[str, AfterValidator(_phrase)], ...], BeforeValidator(_listed), AfterValidator(_in_order)
+    ] = Field(default=(), description="Texts that have one of these words or phrases, in any case, are dropped.")
+
+
 class CurateSpec(Model):
     """One CapFilt run: caption, score, decide, commit."""
 
@@ -80,6 +129,7 @@ class CurateSpec(Model):
         "is judged by itself.",
     )
     duplicates: Duplicates | None = Field(default=None, description="Drop copies; not looked for if not given.")
+    keep_out: KeepOut | None = Field(default=None, description="Lists of domains and words; none if not given.")
     images: Images = Images()
     fragment_rows: int = Field(
         default=1000,
