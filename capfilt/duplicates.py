@@ -34,6 +34,9 @@ _BUCKET = 32
 _CHUNK = 32_768
 """Images looked at a time: they are in at most _BUCKET times as many pairs. Bounds memory."""
 
+_THREADS = 4
+"""Each holds about 0.5 GB for a million images."""
+
 NO_URL = 0
 
 
@@ -160,7 +163,7 @@ def _near(hash_IVW: npt.NDArray[np.uint64], hashed_I: npt.NDArray[np.bool_], mos
     """
     (known_K,) = np.nonzero(hashed_I)
     hash_KVW = hash_IVW[known_K]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # numpy leaves the GIL
+    with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:  # numpy leaves the GIL
         found = list(pool.map(lambda table: _near_by(table, hash_KVW, most_bits), _TABLES))
     near: dict[int, list[int]] = defaultdict(list)
     for later, earlier in zip(*np.divmod(np.unique(np.concatenate(found)), max(1, len(known_K))), strict=True):

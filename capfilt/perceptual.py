@@ -28,6 +28,7 @@ VIEWS = 10
 SIDE = 64
 """In pixels, of what the grids are taken from."""
 
+_ENOUGH = 512  # pixels of a picture's shorter side: 8 x 8 in each of those
 _WINDOW = 0.95
 _CELLS = 8
 _VISIBLE = 1.5  # grey levels between neighbouring cells
@@ -62,7 +63,8 @@ def perceptual_hash(rgb: npt.NDArray[np.uint8]) -> bytes | None:
     Returns:
         VIEWS x BYTES bytes; None where the picture is too plain.
     """
-    grey = Image.fromarray(rgb).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
+    step = max(1, min(rgb.shape[:2]) // _ENOUGH)  # a large picture's every pixel would be copied
+    grey = Image.fromarray(rgb[::step, ::step]).convert("L").resize((SIDE, SIDE), Image.Resampling.BOX)
     return hash_of_grey(np.asarray(grey, np.float32))
 
 

@@ -266,8 +266,10 @@ class _Driver:
         self._finish()
 
     def settle(self, execute: Execute, load: LoadModels) -> None:
-        """Look for copies over all that is committed, and decide those shards anew of which other rows are to go."""
-        self.lease.check()
+        """Look for copies over all that is committed, and decide those shards anew of which other rows are to go.
+
+        Killed in the midst of it, the next run finds the same copies: those that are dropped take part as before.
+        """
         found, stale = look_for_copies(self.dataset, self.job, self.plan.files, self.summary.failures)
         self.summary.copies = len(found)
         if stale:
@@ -279,6 +281,7 @@ class _Driver:
             driver = _Driver(job, self.dataset, plan, self.display, self.summary, self.lease, found)
             driver._counted = self._counted
             driver.run(execute, load)
+        self.lease.check()
         if not {file.path for file in stale} & self.summary.failures.keys():
             self.dataset.commit([], settles=True)
 
