@@ -1,4 +1,4 @@
-"""Crash proof of dropping copies: `capfilt run`, killed while it curates, looks for copies, decides anew and commits."""
+"""Crash proof of dropping copies: `capfilt run`, killed while it curates, decides anew and commits."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from capfilt.receipts import RECEIPTS
 from capfilt.spec import load_spec
 
 SETTINGS = ["duplicates={max_per_url: 3}", "thresholds={web: 0.0, synthetic: 0.0}", "fragment_rows=5"]
-FRAGMENTS = 96  # of 480 rows
-
 STRIKES = [  # the first: fragments that are captioned; then, those of shards that are decided anew
     Strike("driver", "work", 0.2, 0.0, 0.0),
     Strike("driver", "commit", 0.0, 0.005, 0.0),
@@ -43,9 +41,8 @@ def ray_folder() -> Iterator[Path]:
 def site(tmp_path_factory: pytest.TempPathFactory, ray_folder: Path) -> Site:
     """240 rows in 4 shards, and each of these again under another name."""
     site = build(tmp_path_factory.mktemp("site"), ray_folder, images=240, shards=4)
-    for file in sorted((site.folder / "web").rglob("*.parquet")):
-        if file.stem.isdigit():
-            shutil.copy(file, file.with_stem(f"again-{file.stem}"))
+    for file in sorted((site.folder / "web" / "shards").glob("*.parquet")):
+        shutil.copy(file, file.with_stem(f"again-{file.stem}"))
     return site
 
 
