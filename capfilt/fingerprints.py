@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from capfilt.errors import CheckpointError
 from capfilt.perceptual import HASH_CODE
-from capfilt.spec import CurateSpec, HubCheckpoint, LocalCheckpoint
+from capfilt.spec import ClassifierCard, CurateSpec, HubCheckpoint, KeepOut, LocalCheckpoint
 
 CAPTION_CODE = 2
 """Raise it when preprocessing, prompting or sampling changes what any image's caption is."""
@@ -69,6 +70,8 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
     Raises:
         CheckpointError: as :func:`fingerprint`.
     """
+    kept_out = spec.keep_out or KeepOut()
+    classifier = kept_out.classifier
     caption = _digest(
         code=CAPTION_CODE,
         captioners=[
@@ -101,7 +104,10 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
         ],
         text_column=spec.input.columns.text,
         recorded_columns=[spec.input.columns.url, spec.input.columns.key],
-        **_if_given(perceptual_hash=HASH_CODE if spec.duplicates and spec.duplicates.near_bits is not None else None),
+        **_if_given(
+            perceptual_hash=HASH_CODE if spec.duplicates and spec.duplicates.near_bits is not None else None,
+            classifier=None if classifier is None else _classifier(classifier),
+        ),
     )
     decide = _digest(
         code=DECIDE_CODE,
@@ -111,14 +117,27 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
         keep=spec.keep,
         **_if_given(
             duplicates=spec.duplicates and spec.duplicates.model_dump(mode="json"),
-            keep_out=(spec.keep_out and spec.keep_out.model_dump(mode="json", exclude_defaults=True)) or None,
+            domains=kept_out.domains or None,
+            words=kept_out.words or None,
+            unsafe=None if classifier is None else classifier.threshold,
         ),
     )
     return Fingerprints(caption, score, decide)
 
 
-def fingerprint(checkpoint: HubCheckpoint | LocalCheckpoint) -> str:
+def _classifier(card: ClassifierCard) -> dict[str, Any]:
+    return {
+        "weights": fingerprint(card.checkpoint, classifier_files),
+        "image_size": card.image_size,
+        "labels": card.labels,
+    }
+
+
+def fingerprint(checkpoint: HubCheckpoint | LocalCheckpoint, files: Callable[[Path], list[Path]] | None = None) -> str:
     """Identity of a checkpoint's weights, configuration and tokenizer.
+
+    Args:
+        files: those of a directory that count; of a BLIP checkpoint unless given.
 
     Returns:
         `hub:ID@REVISION`, or `sha256:HEX` over names and contents of a directory's files. A copy elsewhere is the same;
@@ -130,7 +149,7 @@ def fingerprint(checkpoint: HubCheckpoint | LocalCheckpoint) -> str:
     if isinstance(checkpoint, HubCheckpoint):
         return f"hub:{checkpoint.hub}@{checkpoint.revision}"
     whole = hashlib.sha256()
-    for file in sorted(checkpoint_files(Path(checkpoint.path))):
+    for file in sorted((files or checkpoint_files)(Path(checkpoint.path))):
         with file.open("rb") as stream:
             whole.update(f"{file.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return f"sha256:{whole.hexdigest()}"
@@ -149,6 +168,18 @@ def checkpoint_files(directory: Path) -> list[Path]:
             f"{config}: no such file; a checkpoint directory holds config.json, weights and a tokenizer"
         )
     return [config, *files, *tokenizer_files(directory)]
+
+
+def classifier_files(directory: Path) -> list[Path]:
+    """The files of an image classifier.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    found = [*weight_files(directory), *(directory / name for name in ("config.json", "preprocessor_config.json"))]
+    if lost := [file for file in found if not file.is_file()]:
+        raise CheckpointError(f"{lost[0]}: no such file; an image classifier has config.json, weights and that")
+    return found
 
 
 def tokenizer_files(directory: Path) -> list[Path]:

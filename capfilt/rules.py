@@ -27,17 +27,21 @@ class Rules:
     def __init__(self, spec: CurateSpec) -> None:
         self._thresholds, self._decision, self._keep = spec.effective_thresholds, spec.decision, spec.keep
         lists = spec.keep_out or KeepOut()
+        self._least_unsafe = lists.classifier.threshold if lists.classifier else None
         self._domains = frozenset(lists.domains)
         self._phrases: dict[str, list[list[str]]] = defaultdict(list)  # by their first word
         for phrase in lists.words:
             words = words_of(phrase)
             self._phrases[words[0]].append(words)
 
-    def judge(self, texts: Sequence[Text], url: str | None) -> tuple[list[Text], Status, Reason | None]:
+    def judge(
+        self, texts: Sequence[Text], url: str | None, unsafe: float | None = None
+    ) -> tuple[list[Text], Status, Reason | None]:
         """Judge a row.
 
         Args:
             texts: scored, as capfilt.decide.decide takes them.
+            unsafe: what the classifier says of the image, as stored.
 
         Returns:
             The texts with their verdicts, and the row's.
@@ -48,9 +52,16 @@ class Rules:
         barred = {n for n, text in enumerate(texts) if self._phrases and text.text and self.bars_text(text.text)}
         verdicts = decide(texts, self._thresholds, self._decision, self._keep, barred)
         status, reason = row_outcome(verdicts)
-        if status is Status.KEPT and self._domains and url and self.bars_url(url):
-            return withheld(verdicts, Reason.KEPT_OUT_DOMAIN), Status.DROPPED, Reason.KEPT_OUT_DOMAIN
+        if status is Status.KEPT and (out := self._bars_row(url, unsafe)):
+            return withheld(verdicts, out), Status.DROPPED, out
         return verdicts, status, reason
+
+    def _bars_row(self, url: str | None, unsafe: float | None) -> Reason | None:
+        if self._domains and url and self.bars_url(url):
+            return Reason.KEPT_OUT_DOMAIN
+        if self._least_unsafe is not None and unsafe is not None and unsafe >= self._least_unsafe:
+            return Reason.KEPT_OUT_IMAGE
+        return None
 
     def bars_url(self, url: str) -> bool:
         """Whether a URL's host is one of the domains, or under one."""

@@ -43,6 +43,7 @@ class Reason(StrEnum):
     NEAR_DUPLICATE = "near_duplicate"  # to the eye the same as an image that is kept
     SAME_URL = "same_url"  # enough rows of this URL are kept
     KEPT_OUT_DOMAIN = "kept_out_domain"  # its URL is under one of keep_out.domains; and its texts that match
+    KEPT_OUT_IMAGE = "kept_out_image"  # keep_out.classifier says so; and its texts that match
     # rows: errors
     EMPTY_IMAGE = "empty_image"  # zero bytes
     NOT_AN_IMAGE = "not_an_image"  # HTML, SVG, text, an unknown or unsupported format
@@ -127,6 +128,7 @@ ANNOTATION_FILE_SCHEMA = pa.schema(
         pa.field(
             "perceptual_hash", pa.binary()
         ),  # see capfilt.perceptual; null where near duplicates are not looked for
+        pa.field("unsafe", pa.float32()),  # P(one of keep_out.classifier's labels) in [0, 1]; null without one
         pa.field("status", pa.string()),  # Status
         pa.field("reason", pa.string()),  # Reason, null where kept
         pa.field("detail", pa.string()),  # of an error, one line for a person; null unless an error

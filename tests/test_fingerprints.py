@@ -59,6 +59,8 @@ def prints(**changes: Any) -> Fingerprints:
 ALL, SCORE, DECIDE, NONE = ("caption", "score", "decide"), ("score", "decide"), ("decide",), ()
 OTHER = {"hub": "owner/captioner", "revision": "1" * 40}
 
+CLASSIFIER = {**card("classifier", "n"), "labels": ["unsafe"]}
+
 CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("captioners__0__checkpoint", OTHER, ALL),
     ("captioners__0__prompt", "", ALL),
@@ -94,6 +96,7 @@ CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("keep_out", {}, NONE),
     ("keep_out__domains", ["a.org"], DECIDE),
     ("keep_out__words", ["word"], DECIDE),
+    ("keep_out__classifier", CLASSIFIER, SCORE),
     ("captioners__0__name", "other", NONE),
     ("captioners__0__batch_size", 1, NONE),
     ("captioners__0__compile", True, NONE),

@@ -41,6 +41,7 @@ class Item:
     reason: Reason | None = None
     detail: str | None = None
     perceptual_hash: bytes | None = None
+    unsafe: float | None = None
 
     def fail(self, reason: Reason, detail: str) -> None:
         """Record an error."""
@@ -124,6 +125,7 @@ class Output:
                 "image_bytes": None if image is None else len(image),
                 "source_sha256": row.sha256,
                 "perceptual_hash": item.perceptual_hash,
+                "unsafe": item.unsafe,
                 "duplicate_of": None,  # found once all shards are there
                 "generation": self.job.generation,
                 **outcome,

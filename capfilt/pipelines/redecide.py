@@ -148,7 +148,7 @@ def _redecide(job: Job, work: Redecision) -> Receipt:
 
 def _judge(job: Job, work: Redecision, out: Output, table: pa.Table) -> tuple[pa.Table, bool]:
     """The rows with new verdicts, counted; and whether the same texts are kept as before."""
-    rules, urls = Rules(job.spec), table["url"].to_pylist()
+    rules, urls, unsafe = Rules(job.spec), table["url"].to_pylist(), table["unsafe"].to_pylist()
     old = table["texts"].combine_chunks()
     flat = old.flatten()
     was_kept = pc.struct_field(flat, "kept").to_pylist()
@@ -165,7 +165,7 @@ def _judge(job: Job, work: Redecision, out: Output, table: pa.Table) -> tuple[pa
             because += was_because[own]
         else:
             try:
-                verdicts, statuses[n], reasons[n] = rules.judge(texts, urls[n])
+                verdicts, statuses[n], reasons[n] = rules.judge(texts, urls[n], unsafe[n])
             except ValueError as error:
                 where = f"{table_url(job, ANNOTATIONS, work.annotations.path)}: row {rows[n]}"
                 raise InputError(

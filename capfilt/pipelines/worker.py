@@ -23,6 +23,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -47,6 +48,9 @@ from capfilt.schema import Reason, Source, Status
 from capfilt.spec import CaptionerCard, FilterCard
 from capfilt.stores import persist
 from capfilt.text import clean
+
+if TYPE_CHECKING:
+    from capfilt.models.classifier import Classifier
 
 DEATHS_BEFORE_SPLIT = 2
 """A fragment whose worker died so often is split."""
@@ -146,6 +150,7 @@ class Worker:
         self._threads = max(1, math.floor(job.spec.placement.cpus))
         self._scratch = _Scratch()
         self._rules = Rules(job.spec)
+        self._classifier: Classifier | None = None
         self._hashes = job.spec.duplicates is not None and job.spec.duplicates.near_bits is not None
         self._free: deque[_Buffers] = deque()
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
@@ -235,6 +240,10 @@ class Worker:
                 f"{len(spec.captioners)} and {len(spec.filters)} cards; `load` makes a model for each"
             )
         self._batch_size = min([one.batch_size for one in captioners] + [one.batch_size for one in filters])
+        if self.job.spec.keep_out and (card := self.job.spec.keep_out.classifier):
+            from capfilt.models.classifier import Classifier
+
+            self._classifier = Classifier(card, device)
         self._upload = Upload(device)
         self.attempts.load_ended()
         return captioners, filters
@@ -315,6 +324,7 @@ class Worker:
             return self._free.pop()
         except IndexError:
             sizes = {model.image_size for models in self.models() for model in models}
+            sizes |= {self._classifier.image_size} if self._classifier else set()
             return {size: self._upload.memory((self._batch_size, size, size, 3)) for size in sizes}
 
     def _prepare(self, row: Row, earlier: Earlier | None, pixels: _Buffers) -> tuple[Item, float]:
@@ -373,7 +383,10 @@ class Worker:
             [replace(text, scores=own[text.clean]) if text.clean else text for text in row]
             for row, own in zip(texts, scores, strict=True)
         ]
-        verdicts = [self._rules.judge(row, item.row.url) for item, row in zip(items, scored, strict=True)]
+        if self._classifier is not None:
+            for item, unsafe in zip(items, self._classifier.score(images[self._classifier.image_size]), strict=True):
+                item.unsafe = as_stored(unsafe)
+        verdicts = [self._rules.judge(row, item.row.url, item.unsafe) for item, row in zip(items, scored, strict=True)]
         for item, verdict in zip(
             items, verdicts, strict=True
         ):  # once none can raise: a row has all its fate or nothing

@@ -8,6 +8,7 @@ from capfilt.spec.bootstrap import BootstrapSpec, CurateSettings
 from capfilt.spec.cards import (
     BatchSize,
     CaptionerCard,
+    ClassifierCard,
     FilterCard,
     ModelCard,
     Placement,
@@ -58,6 +59,7 @@ __all__ = [
     "CaptionerSettings",
     "Captioning",
     "Checkpoint",
+    "ClassifierCard",
     "Columns",
     "Contrast",
     "CurateSettings",

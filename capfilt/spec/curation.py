@@ -13,7 +13,7 @@ import idna
 import regex
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from capfilt.spec.cards import CaptionerCard, FilterCard, Placement, Thresholds, ThresholdsOverride
+from capfilt.spec.cards import CaptionerCard, ClassifierCard, FilterCard, Placement, Thresholds, ThresholdsOverride
 from capfilt.spec.fields import Images, Input, Model, OutputLocation, Ray, StorageOptions, absolute
 
 Decision = Literal["mean", "vote"]
@@ -91,7 +91,7 @@ def _in_order(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class KeepOut(Model):
-    """What is not to be in the dataset, whatever its scores. Each is a list, or a text file of one a line."""
+    """What is not to be in the dataset, whatever its scores. A list may be a text file of one a line."""
 
     domains: Annotated[
         tuple[Annotated[str, AfterValidator(_domain)], ...], BeforeValidator(_listed), AfterValidator(_in_order)
@@ -99,6 +99,9 @@ class KeepOut(Model):
     words: Annotated[
         tuple[Annotated[str, AfterValidator(_phrase)], ...], BeforeValidator(_listed), AfterValidator(_in_order)
     ] = Field(default=(), description="Texts that have one of these words or phrases, in any case, are dropped.")
+    classifier: ClassifierCard | None = Field(
+        default=None, description="Card of an image classifier, or its path; for images not safe for work, say."
+    )
 
 
 class CurateSpec(Model):
@@ -129,7 +132,7 @@ class CurateSpec(Model):
         "is judged by itself.",
     )
     duplicates: Duplicates | None = Field(default=None, description="Drop copies; not looked for if not given.")
-    keep_out: KeepOut | None = Field(default=None, description="Lists of domains and words; none if not given.")
+    keep_out: KeepOut | None = Field(default=None, description="Domains, words and kinds of images; none if not given.")
     images: Images = Images()
     fragment_rows: int = Field(
         default=1000,

@@ -59,6 +59,8 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
         if isinstance(cards := data.get(field), list):
             for number in range(len(cards)):
                 _open_card(cards, number, path.parent)
+    if isinstance(kept_out := data.get("keep_out"), dict):
+        _open_card(kept_out, "classifier", path.parent)
     spec: RunSpec = _validated(_kind(data, path), data, path)
     return spec
 
