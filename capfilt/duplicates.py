@@ -159,7 +159,8 @@ def _near(hash_IVW: npt.NDArray[np.uint64], hashed_I: npt.NDArray[np.bool_], mos
     """For each image, those before it that are near, in order.
 
     A triple of bytes finds a pair that differs in 6 of 128 bits with probability 0.29, in 10 with 0.12: one of 32 does
-    with more than 0.99, or with 0.97. That is a property of the pair: what else is there changes nothing.
+    with more than 0.99, or with 0.97. That depends on the pair alone or, where more than _BUCKET images have the same
+    triple, on those before it: never on later ones.
     """
     (known_K,) = np.nonzero(hashed_I)
     hash_KVW = hash_IVW[known_K]

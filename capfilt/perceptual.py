@@ -34,8 +34,6 @@ _CELLS = 8
 _VISIBLE = 1.5  # grey levels between neighbouring cells
 _LEAST_VISIBLE = 40  # of 128 differences; a picture with fewer is plain
 
-Bits = npt.NDArray[np.uint8]
-
 
 def _cells(start: float, stop: float, cells: int) -> npt.NDArray[np.float32]:
     """[cells, SIDE]: the mean of each of the cells that [start, stop) of a side is cut into, as weights of pixels."""
