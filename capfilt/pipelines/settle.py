@@ -51,14 +51,14 @@ def look_for_copies(
         for file in files
         if file.path not in failures and why_stale(file, job.fingerprints, committed.get(file.shard)) is None
     }
-    found = find_copies(_candidates(dataset, sorted(committed), can_change, rules), rules)
+    found = find_copies(read_candidates(dataset, sorted(committed), can_change, rules), rules)
     decided = {shard: committed[shard].provenance.decide_fingerprint for shard in can_change}
     return found, [
         file for shard, file in can_change.items() if found.fingerprint(shard, decided[shard]) != decided[shard]
     ]
 
 
-def _candidates(
+def read_candidates(
     dataset: CuratedDataset, shards: Sequence[str], can_change: Container[str], rules: Duplicates
 ) -> Candidates:
     """The rows that are kept and, in shards that can change, those that would be."""
