@@ -125,23 +125,22 @@ ANNOTATION_FILE_SCHEMA = pa.schema(
         *_PICTURE,
         pa.field("image_bytes", pa.int64()),  # encoded size, null without an image
         pa.field("source_sha256", pa.string()),  # what the input says (img2dataset: of the download)
-        pa.field(
-            "perceptual_hash", pa.binary()
-        ),  # see capfilt.perceptual; null where near duplicates are not looked for
-        pa.field("unsafe", pa.float32()),  # P(one of keep_out.classifier's labels) in [0, 1]; null without one
         pa.field("status", pa.string()),  # Status
         pa.field("reason", pa.string()),  # Reason, null where kept
         pa.field("detail", pa.string()),  # of an error, one line for a person; null unless an error
-        pa.field("duplicate_of", ROW_STRUCT),  # the row that is kept in place of this one; null where no copy
         pa.field("note", pa.string()),  # what the input says of a missing image (img2dataset's status and error)
         pa.field("texts", pa.list_(TEXT_STRUCT)),  # every text: web first, then each captioner's candidates, in order
-        pa.field("generation", pa.int64()),  # when its texts were scored; of copies the earliest stays
         pa.field("seed", pa.int64()),
         pa.field("caption_fingerprint", pa.string()),
         pa.field("score_fingerprint", pa.string()),
         pa.field("decide_fingerprint", pa.string()),
         pa.field("input_id", pa.string()),  # content identity of the input file
         pa.field("run", pa.string()),  # id of the run that wrote the row; see _runs/
+        # New columns come after PROVENANCE: a Delta log has statistics of a table's first 32 leaf columns only.
+        pa.field("perceptual_hash", pa.binary()),  # see capfilt.perceptual; null where no near copies are wanted
+        pa.field("unsafe", pa.float32()),  # P(one of keep_out.classifier's labels) in [0, 1]; null without one
+        pa.field("duplicate_of", ROW_STRUCT),  # the row that is kept in place of this one; null where no copy
+        pa.field("generation", pa.int64()),  # when its texts were scored; of copies the earliest stays
     ]
 )
 

@@ -62,15 +62,19 @@ def read_candidates(
     dataset: CuratedDataset, shards: Sequence[str], can_change: Container[str], rules: Duplicates
 ) -> Candidates:
     """The rows that are kept and, in shards that can change, those that would be."""
-    columns = [SHARD, "row", "generation", "image_sha256", "status"]
+    columns = [SHARD, "row", "generation", "image_sha256", "status", "reason"]
     columns += ["url"] if rules.max_per_url else []
     columns += ["perceptual_hash"] if rules.near_bits is not None else []
-    wanted = (pc.field("status") == Status.KEPT) | pc.field("reason").isin([str(reason) for reason in COPIES])
+    # Nothing is asked of `reason` here: deltalake takes a file of dropped rows alone for one without any reason.
+    candidates, copies = pc.field("status") != Status.ERROR, pa.array([str(reason) for reason in COPIES])
     names, fixed_S = pa.array(shards, pa.string()), np.array([shard not in can_change for shard in shards], bool)
     table = dataset.annotations()
-    none = pa.schema([table.schema.field(name) for name in columns]).empty_table().to_batches()
+    none = pa.RecordBatch.from_pylist([], pa.schema([table.schema.field(name) for name in columns]))
     parts: dict[str, list[Any]] = defaultdict(list)
-    for batch in itertools.chain(none, table.to_batches(columns=columns, filter=wanted)):
+    for found_here in itertools.chain([none], table.to_batches(columns=columns, filter=candidates)):
+        matched = pc.or_(pc.equal(found_here["status"], Status.KEPT), pc.is_in(found_here["reason"], copies))
+        ours = pc.is_in(found_here[SHARD].cast(pa.string()), names)  # what others rewrote is pending
+        batch = found_here.filter(pc.and_(matched, ours))
         shard_R = pc.index_in(batch[SHARD].cast(pa.string()), names).to_numpy(zero_copy_only=False).astype(np.int64)
         settled_R = fixed_S[shard_R] if len(batch) else np.empty(0, bool)
         found = {"shard_R": shard_R, "settled_R": settled_R, **_columns(batch, rules)}
