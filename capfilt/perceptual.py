@@ -40,7 +40,8 @@ def _cells(start: float, stop: float, cells: int) -> npt.NDArray[np.float32]:
     edges = np.linspace(start, stop, cells + 1)[:, None] * SIDE
     pixels = np.arange(SIDE)
     overlap = np.minimum(edges[1:], pixels + 1) - np.maximum(edges[:-1], pixels)
-    return (np.maximum(overlap, 0) / (edges[1:] - edges[:-1])).astype(np.float32)
+    weights: npt.NDArray[np.float32] = (np.maximum(overlap, 0) / (edges[1:] - edges[:-1])).astype(np.float32)
+    return weights
 
 
 _STARTS = (0.0, (1 - _WINDOW) / 2, 1 - _WINDOW)

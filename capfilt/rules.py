@@ -81,7 +81,8 @@ class Rules:
 def words_of(text: str) -> list[str]:
     """The words of a text, as they are compared."""
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-    return _WORD.findall(folded)
+    words: list[str] = _WORD.findall(folded)
+    return words
 
 
 def _host(url: str) -> str:

@@ -73,7 +73,8 @@ class Classifier:
         """
         scores: list[float] = []
         with torch.inference_mode():
-            for batch_BCSS in images_BCSS.split(self._batch_size):
+            for start in range(0, len(images_BCSS), self._batch_size):
+                batch_BCSS = images_BCSS[start : start + self._batch_size]
                 pixels_BCSS = (batch_BCSS.to(self._device).contiguous().float() / 255 - self._mean) / self._std
                 logits_BK = self._model(pixel_values=pixels_BCSS).logits
                 if self._independent:
