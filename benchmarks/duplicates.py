@@ -1,6 +1,6 @@
 """Copies: how many altered ones are found, how many pictures are taken for others, and how long a million takes.
 
-    python benchmarks/duplicates.py [--pictures 1000] [--rows 1000000] [--bits 10] [--json FILE]
+    python benchmarks/duplicates.py [--pictures 1000] [--rows 1000000] [--bits 14] [--json FILE]
 
 Pictures are of three kinds: `photo`, tiles of scikit-image's photographs and their mirror images; `noise`, of all
 scales (1/f, as in photographs); `toy`, scenes of the toy web, which resemble each other by design. Each is altered:
@@ -234,7 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--pictures", type=int, default=1000, help="of each kind")
     parser.add_argument("--rows", type=int, default=1_000_000)
-    parser.add_argument("--bits", type=int, default=10, help="duplicates.near_bits")
+    parser.add_argument("--bits", type=int, default=14, help="duplicates.near_bits")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     found: dict[str, Any] = {"machine": machine(), "bits": args.bits, "kinds": {}}

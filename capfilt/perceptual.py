@@ -31,7 +31,7 @@ SIDE = 64
 _ENOUGH = 512  # pixels of a picture's shorter side: 8 x 8 in each of those
 _WINDOW = 0.95
 _CELLS = 8
-_VISIBLE = 1.5  # grey levels between neighbouring cells
+_VISIBLE = 3.0  # grey levels between neighbouring cells
 _LEAST_VISIBLE = 40  # of 128 differences; a picture with fewer is plain
 
 

@@ -50,7 +50,7 @@ class Duplicates(Model):
         default=None,
         ge=0,
         le=16,
-        description="Images whose perceptual hashes differ in at most so many of 128 bits are copies, too; 10 finds "
+        description="Images whose perceptual hashes differ in at most so many of 128 bits are copies, too; 14 finds "
         "images resized, recompressed or cropped by up to 5%. None compares bytes (sha256) alone.",
     )
     max_per_image: int = Field(default=1, ge=1, description="Rows of one image that stay, each with its own texts.")
