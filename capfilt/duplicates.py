@@ -151,7 +151,7 @@ def _judge(
 
 # --- near ---
 
-_STEPS = ((1, 3), (1, 5), (2, 9), (4, 10))
+_STEPS = ((1, 3), (1, 5), (2, 9))
 _TABLES = [(a, (a + b) % BYTES, (a + c) % BYTES) for a in range(BYTES) for b, c in _STEPS]
 """Triples of a hash's bytes, spread evenly. Two pictures are compared where they agree in any of them."""
 
@@ -159,8 +159,8 @@ _TABLES = [(a, (a + b) % BYTES, (a + c) % BYTES) for a in range(BYTES) for b, c 
 def _near(hash_IVW: npt.NDArray[np.uint64], hashed_I: npt.NDArray[np.bool_], most_bits: int) -> dict[int, list[int]]:
     """For each image, those before it that are near, in order.
 
-    A triple of bytes finds a pair that differs in 10 of 128 bits with probability 0.12, in 14 with 0.05: one of 64 does
-    with more than 0.99, or with 0.95. That depends on the pair alone or, where more than _BUCKET images have the same
+    A triple of bytes finds a pair that differs in 10 of 128 bits with probability 0.12, in 14 with 0.05: one of 48 does
+    with more than 0.99, or with 0.9. That depends on the pair alone or, where more than _BUCKET images have the same
     triple, on those before it: never on later ones.
     """
     (known_K,) = np.nonzero(hashed_I)
