@@ -308,7 +308,10 @@ def plan(spec: SpecFile, overrides: Overrides = None) -> None:
         say(f"{work.moved:,} files have moved and keep their shards")
     if work.gone:
         say(f"keep {len(work.gone):,} shards that are no longer among the inputs")
-    if not work.todo:
+    copies = loaded.duplicates and (work.todo or not CuratedDataset.settled_in(loaded.output, loaded.output_options))
+    if copies:
+        say("then look for copies among all rows, and decide those shards anew whose copies are others")
+    elif not work.todo:
         say("nothing to do" if work.done else f"nothing to do: {NO_INPUT.format(output=loaded.output)}")
 
 

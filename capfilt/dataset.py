@@ -63,6 +63,7 @@ CLOCK_SECONDS = 30.0
 """How long a vacuum waits for a clock that is behind its store's."""
 
 _APP = "capfilt"
+_SETTLED = "capfilt-settled"  # its number is that of the transaction after which copies had been looked for
 _FOLLOWERS = (PAIRS, QUARANTINE)
 _CLOSED = "closed"
 _RESERVED = {"quarantine", "receipts", "lease", "withdrawn", _CLOSED}  # folders of _runs/ that are no run's
@@ -379,8 +380,26 @@ class CuratedDataset:
         paths: list[str] = pa.table(delta.get_add_actions())["path"].to_pylist()
         return paths
 
-    def commit(self, shards: Sequence[ShardCommit]) -> int:
+    @property
+    def settled(self) -> bool:
+        """Whether copies were looked for over all that the dataset holds (see capfilt.duplicates)."""
+        return self.generation == self._number(ANNOTATIONS)
+
+    @property
+    def generation(self) -> int:
+        """Which of its commits last settled the dataset, 0 if none: rows scored since are later than any before."""
+        return self._tables[ANNOTATIONS].transaction_version(_SETTLED) or 0
+
+    @classmethod
+    def settled_in(cls, output: str, options: Mapping[str, Any]) -> bool:
+        """Whether the dataset at an output is settled; one that does not exist is."""
+        return not cls(output, options)._exists() or cls.for_reading(output, options).settled
+
+    def commit(self, shards: Sequence[ShardCommit], *, settles: bool = False) -> int:
         """Make whole shards part of the dataset, each in place of whatever it held under that name: all, or none.
+
+        Args:
+            settles: copies have been looked for over all of it. A commit of no shards leaves what was settled so.
 
         Returns:
             The version of the annotations that holds them.
@@ -402,6 +421,7 @@ class CuratedDataset:
         intent = {
             "transaction": transaction + 1,
             "id": uuid.uuid4().hex,
+            "settles": settles or (not shards and self.settled),
             "shards": names,
             PAIRS: [(file.path, file.rows, file.size) for shard in shards for file in shard.pairs],
             QUARANTINE: [(file.path, file.rows, file.size) for shard in shards for file in shard.quarantine],
@@ -625,7 +645,11 @@ class CuratedDataset:
                     [SHARD],
                     commit_properties=CommitProperties(
                         custom_metadata={_APP: intent} if table == ANNOTATIONS else None,
-                        app_transactions=[Transaction(_APP, intent["transaction"])],
+                        app_transactions=[
+                            Transaction(app, intent["transaction"])
+                            for app in (_APP, _SETTLED)
+                            if app == _APP or intent.get("settles")
+                        ],
                     ),
                 )
                 delta.update_incremental()

@@ -6,7 +6,7 @@ web text, a synthetic text, both or neither. Several filters judge by the mean o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +80,13 @@ def _mean(numbers: Sequence[float]) -> float | None:
     return as_stored(sum(numbers) / len(numbers))
 
 
-def decide(texts: Sequence[Text], thresholds: Sequence[Thresholds], decision: Decision, keep: Keep) -> list[Text]:
+def decide(
+    texts: Sequence[Text],
+    thresholds: Sequence[Thresholds],
+    decision: Decision,
+    keep: Keep,
+    barred: Container[int] = (),
+) -> list[Text]:
     """Judge every text of one image.
 
     A text matches by `mean` when its mean ITM probability is at least its source's threshold; by `vote` when more than
@@ -92,6 +98,7 @@ def decide(texts: Sequence[Text], thresholds: Sequence[Thresholds], decision: De
         texts: the web's, then each captioner's in order: of equal scores the first wins. Every text that is not empty
             after clean-up has its scores.
         thresholds: one for `mean`; for `vote` one for each filter, in the order of the scores.
+        barred: numbers of texts that have a word which is to be kept out, whatever their scores.
 
     Returns:
         The same texts in the same order, each with `kept` and `reason`.
@@ -109,6 +116,8 @@ def decide(texts: Sequence[Text], thresholds: Sequence[Thresholds], decision: De
         reason: Reason | None = None
         if not text.clean:
             reason = Reason.EMPTY_TEXT
+        elif i in barred:
+            reason = Reason.KEPT_OUT_WORD
         elif not _matches(text, thresholds, decision):
             reason = Reason.BELOW_THRESHOLD
         elif text.clean in kept:
@@ -152,7 +161,14 @@ def row_outcome(texts: Sequence[Text]) -> tuple[Status, Reason | None]:
         return Status.KEPT, None
     if all(text.reason is Reason.EMPTY_TEXT for text in texts):
         return Status.DROPPED, Reason.NO_TEXT
+    if all(text.reason in (Reason.EMPTY_TEXT, Reason.KEPT_OUT_WORD) for text in texts):
+        return Status.DROPPED, Reason.KEPT_OUT_WORD
     return Status.DROPPED, Reason.NO_MATCH
+
+
+def withheld(texts: Sequence[Text], reason: Reason) -> list[Text]:
+    """The texts of a row that is dropped as a whole: none is kept, and those that would be say why."""
+    return [text.judged(reason) if text.kept else text for text in texts]
 
 
 def best_text(texts: Sequence[Text]) -> Text:

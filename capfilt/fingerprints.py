@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.errors import CheckpointError
+from capfilt.perceptual import HASH_CODE
 from capfilt.spec import (
     AnyCard,
     CaptionerCard,
+    ClassifierCard,
     CurateSpec,
     DualCard,
     EndpointCard,
     FilterCard,
     GeneratorCard,
     HubCheckpoint,
+    KeepOut,
     LocalCheckpoint,
 )
 
@@ -77,14 +80,21 @@ class Fingerprints:
     Attributes:
         caption: of each captioner in order weights, prompt and image size; sampling, preprocessing, image column.
         score: caption, of each filter in order weights and how it reads a text, text column, columns that are recorded
-            (these change no score, but are read from the input, which a decision from the scores on record is not).
-        decide: score, thresholds, how filters decide together, which texts stay. On record it has, where rows of the
-            shard are withdrawn, a digest of these behind it.
+            (these change no score, but are read from the input, which a decision from the scores on record is not);
+            whether perceptual hashes are.
+        decide: score, thresholds, how filters decide together, which texts stay, which copies, what is kept out. On
+            record it ends, where rows of the shard are dropped as copies, with `+` and a digest of these (see
+            capfilt.duplicates); before that it has, where rows of it are withdrawn, `-` and a digest of these.
     """
 
     caption: str
     score: str
     decide: str
+
+
+def without_copies(decide: str) -> str:
+    """A decide fingerprint without what it says of the rows that are dropped as copies of others."""
+    return decide.partition("+")[0]
 
 
 def run_fingerprints(spec: CurateSpec) -> Fingerprints:
@@ -96,6 +106,8 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
     Raises:
         CheckpointError: as :func:`fingerprint`.
     """
+    kept_out = spec.keep_out or KeepOut()
+    classifier = kept_out.classifier
     caption = _digest(
         code=CAPTION_CODE,
         captioners=[_identity(card) for card in spec.captioners],
@@ -110,6 +122,10 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
         filters=[_identity(card) for card in spec.filters],
         text_column=spec.input.columns.text,
         recorded_columns=[spec.input.columns.url, spec.input.columns.key],
+        **_if_given(
+            perceptual_hash=HASH_CODE if spec.duplicates and spec.duplicates.near_bits is not None else None,
+            classifier=None if classifier is None else _classifier(classifier),
+        ),
     )
     decide = _digest(
         code=DECIDE_CODE,
@@ -117,6 +133,12 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
         thresholds=[own.model_dump(mode="json") for own in spec.effective_thresholds],
         decision=spec.decision,
         keep=spec.keep,
+        **_if_given(
+            duplicates=spec.duplicates and spec.duplicates.model_dump(mode="json"),
+            domains=kept_out.domains or None,
+            words=kept_out.words or None,
+            unsafe=None if classifier is None else classifier.threshold,
+        ),
     )
     return Fingerprints(caption, score, decide)
 
@@ -154,6 +176,14 @@ def _identity(card: AnyCard) -> dict[str, Any]:
     if not isinstance(card, DualCard):
         asked["sampling"] = card.sampling.model_dump(exclude_none=True)
     return {"model": card.model, **asked}
+
+
+def _classifier(card: ClassifierCard) -> dict[str, Any]:
+    return {
+        "weights": fingerprint(card.checkpoint, classifier_files),
+        "image_size": card.image_size,
+        "labels": card.labels,
+    }
 
 
 def fingerprint(
@@ -215,6 +245,18 @@ def model_files(directory: Path) -> list[Path]:
     return files + [directory / name for name in PROCESSOR_FILES if (directory / name).is_file()]
 
 
+def classifier_files(directory: Path) -> list[Path]:
+    """The files of an image classifier.
+
+    Raises:
+        CheckpointError: one is missing.
+    """
+    found = [*weight_files(directory), *(directory / name for name in ("config.json", "preprocessor_config.json"))]
+    if lost := [file for file in found if not file.is_file()]:
+        raise CheckpointError(f"{lost[0]}: no such file; an image classifier has config.json, weights and that")
+    return found
+
+
 def tokenizer_files(directory: Path) -> list[Path]:
     """The files of a checkpoint's tokenizer.
 
@@ -255,6 +297,11 @@ def _shards(index: Path) -> list[Path]:
         if shard.parent != index.parent or not shard.is_file():
             raise CheckpointError(f"{index}: names {shard.name}, which is not beside it; the download is incomplete")
     return shards
+
+
+def _if_given(**fields: Any) -> dict[str, Any]:
+    """What came later than the fingerprints, and leaves those alone that do without it."""
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _digest(**fields: Any) -> str:

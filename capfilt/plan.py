@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from capfilt.dataset import CuratedDataset, ShardState
 from capfilt.errors import DatasetError
-from capfilt.fingerprints import Fingerprints, without_withdrawn
+from capfilt.fingerprints import Fingerprints, without_copies, without_withdrawn
 from capfilt.inputs import InputFile, list_inputs, stem
 from capfilt.spec import CurateSpec
 from capfilt.withdrawn import Withdrawals, look
@@ -39,11 +39,17 @@ class Why(StrEnum):
     SCORE = "filters changed"
     DECIDE = "thresholds or rules changed"
     WITHDRAWN = "rows were withdrawn"
+    COPIES = "other rows are copies"
 
     @property
     def stage(self) -> Stage:
         """The first stage that is stale."""
-        own = {Why.SCORE: Stage.SCORE, Why.DECIDE: Stage.DECIDE, Why.WITHDRAWN: Stage.WITHDRAW}
+        own = {
+            Why.SCORE: Stage.SCORE,
+            Why.DECIDE: Stage.DECIDE,
+            Why.COPIES: Stage.DECIDE,
+            Why.WITHDRAWN: Stage.WITHDRAW,
+        }
         return own.get(self, Stage.CAPTION)
 
 
@@ -61,6 +67,7 @@ class Plan:
         rows: of the shards to do whose input is as it was, by shard.
         rows_per_byte: of the inputs that are as they were; None if there are none.
         withdrawals: what the spec's lists mean for what is committed.
+        files: all inputs.
     """
 
     todo: tuple[tuple[InputFile, Why], ...]
@@ -70,6 +77,7 @@ class Plan:
     rows: Mapping[str, int] = field(default_factory=dict)
     rows_per_byte: float | None = None
     withdrawals: Withdrawals = _NOTHING
+    files: tuple[InputFile, ...] = ()
 
     @property
     def reasons(self) -> Counter[Why]:
@@ -132,6 +140,7 @@ def make_plan(
         moved=sum(was is not now for was, now in zip(listed, files, strict=True)),
         rows={file.shard: committed[file.shard].rows for file, why in stale if why not in (Why.NEW, Why.INPUT)}
         | {file.shard: committed[file.shard].rows for file in hit},
+        files=tuple(files),
         rows_per_byte=_rows_per_byte([(file, committed[file.shard]) for file in files if file.shard in committed]),
         withdrawals=withdrawals,
     )
@@ -180,6 +189,6 @@ def why_stale(
         return Why.RETURNED
     if was.score_fingerprint != now.score:
         return Why.SCORE
-    if without_withdrawn(was.decide_fingerprint) != now.decide:
+    if without_copies(without_withdrawn(was.decide_fingerprint)) != now.decide:
         return Why.DECIDE
     return None

@@ -63,6 +63,8 @@ def print_summary(summary: Summary) -> None:
         done = f"{pace.captions:,} captions written, {pace.images:,} images read"
         copied = f", {pace.copied:,} copied from earlier pairs" if pace.copied else ""
         say(f"restarted at {stage}: {pace.rows:,} rows; {done}{copied}")
+    if summary.copies:
+        say(f"{summary.copies:,} rows of the dataset are dropped as copies of others")
     if summary.skipped:
         say(f"{summary.skipped:,} shards were up to date")
     if summary.adopted_rows:

@@ -39,6 +39,12 @@ class Reason(StrEnum):
     NO_TEXT = "no_text"  # nothing to judge: no web text, and the captioners wrote nothing
     NO_MATCH = "no_match"  # texts were judged, none was kept
     WITHDRAWN = "withdrawn"  # on a list of what owners withdrew; nothing that the row held is kept
+    # rows: dropped, and texts of theirs that match; `duplicate_of` names the row that stays
+    DUPLICATE = "duplicate"  # the same bytes as an image that is kept
+    NEAR_DUPLICATE = "near_duplicate"  # to the eye the same as an image that is kept
+    SAME_URL = "same_url"  # enough rows of this URL are kept
+    KEPT_OUT_DOMAIN = "kept_out_domain"  # its URL is under one of keep_out.domains; and its texts that match
+    KEPT_OUT_IMAGE = "kept_out_image"  # keep_out.classifier says so; and its texts that match
     # rows: errors
     EMPTY_IMAGE = "empty_image"  # zero bytes
     NOT_AN_IMAGE = "not_an_image"  # HTML, SVG, text, an unknown or unsupported format
@@ -51,11 +57,15 @@ class Reason(StrEnum):
     UNREADABLE_ROW = "unreadable_row"  # the input file's pages holding this row cannot be read
     # texts
     BELOW_THRESHOLD = "below_threshold"  # the ITM head says unmatched: the filters' mean, or half of their votes
+    KEPT_OUT_WORD = "kept_out_word"  # it has one of keep_out.words; and a row of which no other text is there to judge
     EMPTY_TEXT = "empty_text"  # null, or nothing is left after clean-up
     DUPLICATE_TEXT = "duplicate_text"  # the same, after clean-up, as a text of this image judged before it
     NOT_BEST = "not_best"  # above the threshold, but another synthetic text scored higher; under `keep: best`
     NOT_SCORED = "not_scored"  # the row is an error or has no image
 
+
+COPIES = (Reason.DUPLICATE, Reason.NEAR_DUPLICATE, Reason.SAME_URL)
+"""Of rows whose texts match, and that would be kept if another were not."""
 
 ANNOTATIONS = "annotations"
 PAIRS = "pairs"
@@ -85,6 +95,8 @@ TEXT_STRUCT = pa.struct(
         pa.field("reason", pa.string()),  # Reason, null where kept
     ]
 )
+
+ROW_STRUCT = pa.struct([pa.field("shard", pa.string()), pa.field("row", pa.int64())])
 
 CAPTION_STRUCT = pa.struct(
     [
@@ -125,6 +137,11 @@ ANNOTATION_FILE_SCHEMA = pa.schema(
         pa.field("decide_fingerprint", pa.string()),
         pa.field("input_id", pa.string()),  # content identity of the input file
         pa.field("run", pa.string()),  # id of the run that wrote the row; see _runs/
+        # New columns come after PROVENANCE: a Delta log has statistics of a table's first 32 leaf columns only.
+        pa.field("perceptual_hash", pa.binary()),  # see capfilt.perceptual; null where no near copies are wanted
+        pa.field("unsafe", pa.float32()),  # P(one of keep_out.classifier's labels) in [0, 1]; null without one
+        pa.field("duplicate_of", ROW_STRUCT),  # the row that is kept in place of this one; null where no copy
+        pa.field("generation", pa.int64()),  # when its texts were scored; of copies the earliest stays
     ]
 )
 

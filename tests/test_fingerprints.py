@@ -17,11 +17,13 @@ from capfilt.spec import (
     Columns,
     CurateSpec,
     DualCard,
+    Duplicates,
     EndpointCard,
     FilterCard,
     GeneratorCard,
     HubCheckpoint,
     Images,
+    KeepOut,
     LocalCheckpoint,
     Sampling,
     Thresholds,
@@ -60,6 +62,8 @@ def prints(**changes: Any) -> Fingerprints:
 ALL, SCORE, DECIDE, NONE = ("caption", "score", "decide"), ("score", "decide"), ("decide",), ()
 OTHER = {"hub": "owner/captioner", "revision": "1" * 40}
 
+CLASSIFIER = {**card("classifier", "n"), "labels": ["unsafe"]}
+
 CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("captioners__0__checkpoint", OTHER, ALL),
     ("captioners__0__prompt", "", ALL),
@@ -88,6 +92,14 @@ CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("filters", [card("filter", "f"), card("filter", "g")], SCORE),
     ("decision", "vote", DECIDE),
     ("keep", "all-above-threshold", DECIDE),
+    ("duplicates", {}, DECIDE),
+    ("duplicates__near_bits", 0, SCORE),
+    ("duplicates__max_per_image", 2, DECIDE),
+    ("duplicates__max_per_url", 2, DECIDE),
+    ("keep_out", {}, NONE),
+    ("keep_out__domains", ["a.org"], DECIDE),
+    ("keep_out__words", ["word"], DECIDE),
+    ("keep_out__classifier", CLASSIFIER, SCORE),
     ("captioners__0__name", "other", NONE),
     ("captioners__0__batch_size", 1, NONE),
     ("captioners__0__placement", {"cpus": 3, "max_actors": 2}, NONE),
@@ -129,6 +141,8 @@ def test_what_a_field_makes_stale(field: str, value: Any, stale: tuple[str, ...]
         ("filters__0__", FilterCard, {"role", "model"}),
         ("sampling__", Sampling, set()),
         ("images__", Images, set()),
+        ("duplicates__", Duplicates, set()),
+        ("keep_out__", KeepOut, set()),
         ("input__columns__", Columns, set()),
     ],
 )

@@ -24,8 +24,9 @@ from typing import Any
 from rich.console import Console
 
 from capfilt.dataset import Counts, CuratedDataset, Provenance, ShardCommit, ShardFiles
+from capfilt.duplicates import Found
 from capfilt.errors import CapfiltError, ConflictError, DatasetError, ErrorBudgetError, InputError
-from capfilt.fingerprints import Fingerprints, run_fingerprints
+from capfilt.fingerprints import Fingerprints, run_fingerprints, with_withdrawn, without_copies, without_withdrawn
 from capfilt.fragments import Footer, Fragment, cut, read_footer
 from capfilt.inputs import InputFile
 from capfilt.lease import Lease
@@ -38,10 +39,11 @@ from capfilt.pipelines.metrics import DriverMetrics
 from capfilt.pipelines.progress import Display
 from capfilt.pipelines.redecide import Redecision, redecide, redecisions
 from capfilt.pipelines.session import connected, interrupt, interruptible, lacking, quiet, surroundings, uninterrupted
+from capfilt.pipelines.settle import look_for_copies, unsettled
 from capfilt.pipelines.telemetry import telemetry
 from capfilt.pipelines.watching import EventLog, Watcher, Watchers
 from capfilt.pipelines.withdraw import withdrawn_from
-from capfilt.plan import Plan, Stage, plan_run, why_stale
+from capfilt.plan import Plan, Stage, Why, plan_run, why_stale
 from capfilt.receipts import Receipt, adopt, discard, gaps, shard_commit, unfinished
 from capfilt.records import SUMMARY
 from capfilt.retention import due, thin
@@ -78,6 +80,7 @@ class Summary:
         busy, bottleneck, device_seconds: see capfilt.throughput; none where nothing met the models.
         failures: input files that could not be curated, each with what was wrong.
         gone: committed shards that are no longer among the inputs.
+        copies: rows of all shards that are dropped as copies, where they were looked for.
         outcome: `done`, or the error that ended the run.
         report: name of the page that the run left in its folder, if it did; report_error: why it could not.
         versions: of the tables after the run.
@@ -99,6 +102,7 @@ class Summary:
     device_seconds: dict[str, float] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     gone: int = 0
+    copies: int = 0
     outcome: str = "running"
     report: str | None = None
     report_error: str | None = None
@@ -142,7 +146,8 @@ def curate(
             inspect(captioner)
         for filter_ in spec.filters if plan.models else ():
             inspect(filter_)
-    work = bool(plan.todo) or unfinished(spec.output, spec.output_options) or _versions_go(spec)
+    unfinished_work = unfinished(spec.output, spec.output_options)
+    work = bool(plan.todo) or unsettled(spec) or unfinished_work or _versions_go(spec)
     with lease if work else nullcontext():
         if lease.contended:
             plan = plan_run(spec, fingerprints)
@@ -154,12 +159,15 @@ def curate(
             if work:
                 dataset.register(run, _record(spec, fingerprints, plan))
                 event("run_started", run=run, output=spec.output, shards=len(plan.todo), up_to_date=len(plan.done))
-                job = Job(spec, fingerprints, run)
+                job = Job(spec, fingerprints, run, generation=dataset.generation)
                 display, tell = Display(console, spec.placement.max_actors, run=run), partial(_tell, console)
                 with telemetry(run, spec.output, tell) as traced, interruptible(), display:
                     watchers = Watchers(display, DriverMetrics(run, spec.ray.watched, tell), EventLog(run), traced)
+                    driver = _Driver(job, dataset, plan, watchers, summary, lease)
                     if plan.todo:
-                        _Driver(job, dataset, plan, watchers, summary, lease).run(execute or on_ray, load)
+                        driver.run(execute or on_ray, load)
+                    if spec.duplicates is not None and not dataset.settled:
+                        driver.settle(execute or on_ray, load)
                     thin(dataset, spec.retention)
                     discard(spec.output, spec.output_options, dataset.closed_runs())
             _compared(dataset, plan, summary)
@@ -245,13 +253,22 @@ class _Driver:
     """Follows shards from plan to commit."""
 
     def __init__(
-        self, job: Job, dataset: CuratedDataset, plan: Plan, display: Watcher, summary: Summary, lease: Lease
+        self,
+        job: Job,
+        dataset: CuratedDataset,
+        plan: Plan,
+        display: Watcher,
+        summary: Summary,
+        lease: Lease,
+        copies: Found | None = None,
     ) -> None:
+        self.copies = copies  # to drop; None while they have yet to be looked for
         self.job, self.dataset, self.plan, self.display, self.summary = job, dataset, plan, display, summary
         self.lease = lease
         self._receipts: dict[str, list[Receipt]] = {}  # of shards not yet complete
         self._ready: list[_Complete] = []
         self._held: list[_Complete] = []  # over the budget by themselves; committed if the run as a whole is not
+        self._counted: dict[str, _Complete] = {}  # in the summary, where they may be committed again: see settle
         self._footers: dict[str, tuple[InputFile, Footer]] = {}
         self._before: dict[str, ShardFiles] = {}  # of shards that restart midway: what is committed
         self._withdrawn: dict[str, tuple[int, ...]] = {}  # rows of a shard; none where it is not among them
@@ -275,8 +292,29 @@ class _Driver:
                     self._committed = self.dataset.committed()
         self._finish()
 
+    def settle(self, execute: Execute, load: LoadModels) -> None:
+        """Look for copies over all that is committed, and decide those shards anew of which other rows are to go.
+
+        Killed in the midst of it, the next run finds the same copies: those that are dropped take part as before.
+        """
+        found, stale = look_for_copies(self.dataset, self.job, self.plan.files, self.summary.failures)
+        self.summary.copies = len(found)
+        if stale:
+            names = {file.shard for file in stale}
+            done = tuple(shard for shard in self.dataset.committed() if shard not in names)
+            plan = Plan(tuple((file, Why.COPIES) for file in stale), done, (), files=self.plan.files)
+            spec = self.job.spec.model_copy(update={"max_error_fraction": 1.0})  # they were not too many before
+            job = replace(self.job, spec=spec)
+            driver = _Driver(job, self.dataset, plan, self.display, self.summary, self.lease, found)
+            driver._counted = self._counted
+            driver.run(execute, load)
+        self.lease.check()
+        if not {file.path for file in stale} & self.summary.failures.keys():
+            self.dataset.commit([], settles=True)
+
     def _restart_at(self, job: Job, execute: Execute, load: LoadModels) -> None:
-        begin, self._retry = time.monotonic(), []
+        known = self.summary.stages.get(job.stage, Pace())
+        begin, self._retry = time.monotonic() - known.seconds, []
         self._round(job, execute, self._units(job), load, begin)
         failed, self._retry = self._retry, None
         if failed:  # most likely the store's passing trouble: once more, when all else is done
@@ -305,7 +343,7 @@ class _Driver:
         spec, files = job.spec, self.plan.at(job.stage)
         self._before, self._withdrawn = {}, {}
         if job.stage is not Stage.CAPTION:
-            for file in files:  # the plan was made before the dataset was opened for writing
+            for file in files if self.copies is None else ():  # the plan was made before the dataset was opened
                 if self._stage(job, file) is not job.stage:
                     raise ConflictError(
                         f"{spec.output}: another run committed {file.shard} since this one began; run again"
@@ -339,7 +377,8 @@ class _Driver:
         rows = self._withdrawn.get(file.shard, ())
         if job.stage is Stage.WITHDRAW:
             return withdrawn_from(self._committed[file.shard].provenance, rows, job.run)
-        return job.provenance(file.input_id, rows)
+        own = job.provenance(file.input_id, rows)
+        return replace(own, decide_fingerprint=with_withdrawn(self._decide(job, file.shard), rows))
 
     def _redecisions(
         self, job: Job, files: Iterable[InputFile], adopted: Mapping[str, list[Receipt]]
@@ -347,7 +386,7 @@ class _Driver:
         """Annotations files to judge again; of the inputs nothing is read here."""
         for file in files:
             try:
-                units = {(unit.start, unit.stop): unit for unit in self._redecide(file)}
+                units = {(unit.start, unit.stop): unit for unit in self._redecide(job, file)}
             except DatasetError as error:
                 self._fail(file.shard, str(error))
                 continue
@@ -358,10 +397,25 @@ class _Driver:
                     self._adopt(receipt)
             yield from units.values()
 
-    def _redecide(self, file: InputFile) -> list[Redecision]:
+    def _redecide(self, job: Job, file: InputFile) -> list[Redecision]:
         shard = file.shard
         was = self._committed[shard].provenance
-        return redecisions(file, self._before[shard], was, self._withdrawn.get(shard, ()))
+        units = redecisions(file, self._before[shard], was, self._withdrawn.get(shard, ()))
+        if job.stage is Stage.WITHDRAW:
+            return units
+        decide, copies = self._decide(job, shard), None if self.copies is None else self.copies.of(shard)
+        return [unit.of_shard(decide, copies) for unit in units]
+
+    def _decide(self, job: Job, shard: str) -> str:
+        """The decide fingerprint that a shard is to have, but for what it says of withdrawn rows. Decided anew, it
+        keeps the copies that it has until all are looked for."""
+        base = job.fingerprints.decide
+        if self.copies is not None:
+            return self.copies.fingerprint(shard, base)
+        if job.stage is not Stage.DECIDE or job.spec.duplicates is None:
+            return base
+        was = without_withdrawn(self._committed[shard].provenance.decide_fingerprint)
+        return base + was.removeprefix(without_copies(was))
 
     def _fitting(self, job: Job, file: InputFile, adopted: Mapping[str, list[Receipt]]) -> list[Receipt]:
         """Earlier receipts of a shard that take the same rows for withdrawn."""
@@ -445,7 +499,8 @@ class _Driver:
         if receipt.shard in self._footers:
             return self._fragment(receipt.shard, receipt.start, receipt.stop, receipt.file_rows)
         file = next(file for file in self.plan.at(receipt.stage) if file.shard == receipt.shard)
-        return next(unit for unit in self._redecide(file) if unit.start == receipt.start)
+        job = replace(self.job, stage=receipt.stage)
+        return next(unit for unit in self._redecide(job, file) if unit.start == receipt.start)
 
     def _count(self, receipt: Receipt) -> None:
         """Add finished work, of this run or adopted, to its shard."""
@@ -494,13 +549,25 @@ class _Driver:
             with uninterrupted():
                 complete, self._ready = self._ready, []
                 self.dataset.commit([one.shard for one in complete])
-                self.summary.shards += len(complete)
                 for one in complete:
-                    self.summary.counts += one.shard.counts
-                    self.summary.reasons.update(one.reasons)
+                    self._count_in_summary(one)
                 self.display.committed([one.shard for one in complete], time.monotonic() - begin)
         self._last_commit = time.monotonic()
         self._commit_took = self._last_commit - begin
+
+    def _count_in_summary(self, one: _Complete) -> None:
+        """Once, though this run commits the shard again to drop copies."""
+        summary, before = self.summary, self._counted.get(one.shard.shard)
+        if before is None:
+            summary.shards += 1
+        else:
+            counts = before.shard.counts
+            summary.counts += Counts(-counts.kept, -counts.dropped, -counts.errors)
+            summary.reasons -= before.reasons
+        summary.counts += one.shard.counts
+        summary.reasons.update(one.reasons)
+        if self.job.spec.duplicates is not None and self.copies is None:
+            self._counted[one.shard.shard] = one
 
     def _finish(self) -> None:
         self.display.expect(0)  # estimated rows of files that could not be read do not come any more

@@ -166,12 +166,14 @@ class Job:
 
     Attributes:
         stage: at which the job's shards restart.
+        generation: of the rows that it scores; see CuratedDataset.generation.
     """
 
     spec: CurateSpec
     fingerprints: Fingerprints
     run: str
     stage: Stage = Stage.CAPTION
+    generation: int = 0
 
     @property
     def models(self) -> CurateSpec:

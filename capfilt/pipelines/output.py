@@ -43,6 +43,8 @@ class Item:
     status: Status | None = None
     reason: Reason | None = None
     detail: str | None = None
+    perceptual_hash: bytes | None = None
+    unsafe: float | None = None
 
     @classmethod
     def withdrawn(cls, row: Row) -> Item:
@@ -127,6 +129,10 @@ class Output:
                 **picture,
                 "image_bytes": None if image is None else len(image),
                 "source_sha256": row.sha256,
+                "perceptual_hash": item.perceptual_hash,
+                "unsafe": item.unsafe,
+                "duplicate_of": None,  # found once all shards are there
+                "generation": self.job.generation,
                 **outcome,
             },
             _bytes(item.texts),

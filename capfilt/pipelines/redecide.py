@@ -3,7 +3,8 @@
 The unit is a committed annotations file. Its rows are judged again by capfilt.decide and written to a new one. Where
 the same texts are kept as before, the pairs file stays as it is and no image is read; else a new one is written: bytes
 of rows that were kept come from the old one, of those newly kept from the input, whose other row groups are not read.
-Rows in error, those without an image and those withdrawn are as they were; so is the quarantine.
+Rows in error, those without an image and those withdrawn are as they were; so is the quarantine. Rows that are dropped
+as copies of others stay that, unless the unit says which are.
 """
 
 from __future__ import annotations
@@ -12,15 +13,16 @@ import bisect
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from capfilt.dataset import DataFile, Provenance, ShardFiles
-from capfilt.decide import Text, decide, row_outcome
+from capfilt.decide import Text, withheld
+from capfilt.duplicates import Copy
 from capfilt.errors import DatasetError, InputError, StoreError
 from capfilt.fragments import read_footer, read_rows
 from capfilt.inputs import InputFile, Opened
@@ -30,7 +32,8 @@ from capfilt.pipelines.output import Output
 from capfilt.pipelines.withdraw import withdraw
 from capfilt.plan import Stage
 from capfilt.receipts import Receipt
-from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE, TEXT_STRUCT, Reason, Status
+from capfilt.rules import Rules
+from capfilt.schema import ANNOTATIONS, PAIRS, QUARANTINE, ROW_STRUCT, TEXT_STRUCT, Reason, Status
 from capfilt.stores import one_line, persist
 
 _ROWS = 4096
@@ -48,6 +51,8 @@ class Redecision:
         pairs, quarantine: the committed files of the same rows; none where no row is kept, or unusable.
         was: what the shard was made from and with.
         withdrawn: rows of the shard that hold nothing any more, or (at that stage) are to hold nothing.
+        decide: the fingerprint that its rows are to have; the job's, and what it says of copies.
+        copies: the rows that are to be dropped as copies; None where those are that were.
     """
 
     file: InputFile
@@ -59,6 +64,13 @@ class Redecision:
     pairs: DataFile | None = None
     quarantine: DataFile | None = None
     withdrawn: tuple[int, ...] = ()
+    decide: str | None = None
+    copies: Mapping[int, Copy] | None = None
+
+    def of_shard(self, decide: str, copies: Mapping[int, Copy] | None) -> Redecision:
+        """With what is to be said of its shard's copies."""
+        own = copies and {row: copies[row] for row in copies.keys() & set(range(self.start, self.stop))}
+        return replace(self, decide=decide, copies=own)
 
     @property
     def rows(self) -> int:
@@ -112,6 +124,8 @@ def redecide(job: Job, work: Redecision) -> Receipt:
 
 def _redecide(job: Job, work: Redecision) -> Receipt:
     seconds: dict[str, float] = defaultdict(float)
+    if work.decide is not None:
+        job = replace(job, fingerprints=replace(job.fingerprints, decide=work.decide))
     try:
         begin = time.perf_counter()
         table = read_annotations(job, work.annotations.path)
@@ -145,12 +159,14 @@ def _redecide(job: Job, work: Redecision) -> Receipt:
 
 def _judge(job: Job, work: Redecision, out: Output, table: pa.Table) -> tuple[pa.Table, bool]:
     """The rows with new verdicts, counted; and whether the same texts are kept as before."""
-    spec, thresholds = job.spec, job.spec.effective_thresholds
+    rules, urls, unsafe = Rules(job.spec), table["url"].to_pylist(), table["unsafe"].to_pylist()
     old = table["texts"].combine_chunks()
     flat = old.flatten()
     was_kept = pc.struct_field(flat, "kept").to_pylist()
     was_because = pc.struct_field(flat, "reason").to_pylist()
     statuses, reasons = table["status"].to_pylist(), table["reason"].to_pylist()
+    rows, copies = table["row"].to_pylist(), _copies(job, work, table)
+    originals: list[dict[str, str | int] | None] = [None] * len(rows)
     kept: list[bool] = []
     because: list[str | None] = []
     for n, texts in enumerate(texts_of(table["texts"])):
@@ -160,21 +176,33 @@ def _judge(job: Job, work: Redecision, out: Output, table: pa.Table) -> tuple[pa
             because += was_because[own]
         else:
             try:
-                verdicts = decide(texts, thresholds, spec.decision, spec.keep)
+                verdicts, statuses[n], reasons[n] = rules.judge(texts, urls[n], unsafe[n])
             except ValueError as error:
-                where = f"{table_url(job, ANNOTATIONS, work.annotations.path)}: row {table['row'][n]}"
+                where = f"{table_url(job, ANNOTATIONS, work.annotations.path)}: row {rows[n]}"
                 raise InputError(
                     f"{where} cannot be judged: {error}. Touch {work.file.path} to curate it anew"
                 ) from error
+            if statuses[n] is Status.KEPT and (copy := copies.get(rows[n])):
+                statuses[n], reasons[n] = Status.DROPPED, copy.reason
+                originals[n] = {"shard": copy.shard, "row": copy.row}
+                verdicts = withheld(verdicts, copy.reason)
             kept += [text.kept for text in verdicts]
             because += [text.reason for text in verdicts]
-            statuses[n], reasons[n] = row_outcome(verdicts)
         why = because[len(because) - len(texts) :]
         out.count(Status(statuses[n]), reasons[n], zip([text.source for text in texts], why, strict=True))
     table = table.set_column(table.schema.names.index("texts"), "texts", _with_verdicts(old, kept, because))
-    for name, values in (("status", statuses), ("reason", reasons)):
-        table = table.set_column(table.schema.names.index(name), name, pa.array(values, pa.string()))
+    new = {"status": pa.array(statuses, pa.string()), "reason": pa.array(reasons, pa.string())}
+    for name, values in {**new, "duplicate_of": pa.array(originals, ROW_STRUCT)}.items():
+        table = table.set_column(table.schema.names.index(name), name, values)
     return table, kept == was_kept
+
+
+def _copies(job: Job, work: Redecision, table: pa.Table) -> Mapping[int, Copy]:
+    """The rows to drop as copies, where their texts match: as the unit says, else as they are on record."""
+    if work.copies is not None or job.spec.duplicates is None:
+        return work.copies or {}
+    on_record = table.filter(pc.is_valid(table["duplicate_of"])).select(["row", "reason", "duplicate_of"]).to_pylist()
+    return {one["row"]: Copy(Reason(one["reason"]), **one["duplicate_of"]) for one in on_record}
 
 
 def _with_verdicts(rows: pa.ListArray, kept: Sequence[bool], because: Sequence[str | None]) -> pa.ListArray:

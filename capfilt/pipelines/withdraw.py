@@ -34,7 +34,16 @@ if TYPE_CHECKING:
 _ROWS = 16_384
 """Of annotations, written as one row group."""
 
-_STAYS = {"row", "seed", "caption_fingerprint", "score_fingerprint", "decide_fingerprint", "input_id", "run"}
+_STAYS = {
+    "row",
+    "seed",
+    "generation",
+    "caption_fingerprint",
+    "score_fingerprint",
+    "decide_fingerprint",
+    "input_id",
+    "run",
+}
 
 
 def withdraw(job: Job, work: Redecision) -> Receipt:

@@ -23,29 +23,34 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from pydantic import TypeAdapter
 
-from capfilt.decide import FilterScore, Text, as_stored, decide, row_outcome
+from capfilt.decide import FilterScore, Text, as_stored
 from capfilt.errors import CapfiltError, CheckpointError, EndpointError, ImageError, InputError, StoreError
 from capfilt.fingerprints import run_fingerprints
 from capfilt.fragments import Fragment, Row, read_rows
 from capfilt.images import decode
 from capfilt.models.preprocess import resize
 from capfilt.models.upload import Upload
+from capfilt.perceptual import perceptual_hash
 from capfilt.pipelines.attempts import Attempts
 from capfilt.pipelines.earlier import Earlier, read_earlier
 from capfilt.pipelines.job import Captioner, Filter, Job, LoadModels, Models, Preparing, load_models
 from capfilt.pipelines.output import Item, Output
 from capfilt.plan import Stage
 from capfilt.receipts import Receipt
+from capfilt.rules import Rules
 from capfilt.schema import Reason, Source, Status
 from capfilt.spec import AnyCard
 from capfilt.stores import persist
 from capfilt.text import clean
+
+if TYPE_CHECKING:
+    from capfilt.models.classifier import Classifier
 
 DEATHS_BEFORE_SPLIT = 2
 """A fragment whose worker died so often is split."""
@@ -145,6 +150,9 @@ class Worker:
         self._turns = _Turns()
         self._threads = max(1, math.floor(job.spec.placement.cpus))
         self._scratch = _Scratch()
+        self._rules = Rules(job.spec)
+        self._classifier: Classifier | None = None
+        self._hashes = job.spec.duplicates is not None and job.spec.duplicates.near_bits is not None
         self._free: deque[_Buffers] = deque()
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
 
@@ -235,6 +243,10 @@ class Worker:
         self._batch_size = min([one.batch_size for one in captioners] + [one.batch_size for one in filters])
         models = zip(spec.cards.values(), (*captioners, *filters), strict=True)
         self._preparing = [(card, model) for card, model in models if isinstance(model, Preparing)]
+        if self.job.spec.keep_out and (card := self.job.spec.keep_out.classifier):
+            from capfilt.models.classifier import Classifier
+
+            self._classifier = Classifier(card, device)
         self._upload = Upload(device)
         self.attempts.load_ended()
         return captioners, filters
@@ -319,6 +331,7 @@ class Worker:
             return self._free.pop()
         except IndexError:
             sizes = {model.image_size for models in self.models() for model in models if model.image_size is not None}
+            sizes |= {self._classifier.image_size} if self._classifier else set()
             return {size: self._upload.memory((self._batch_size, size, size, 3)) for size in sizes}
 
     def _prepare(self, row: Row, earlier: Earlier | None, pixels: _Buffers) -> tuple[Item, float]:
@@ -342,6 +355,8 @@ class Worker:
             try:
                 picture = decode(row.image, self.job.spec.images, self._scratch.pixels)
                 item.format, item.width, item.height = picture.format, picture.width, picture.height
+                if self._hashes:
+                    item.perceptual_hash = perceptual_hash(picture.rgb)
                 for size, slot in pixels.items():
                     resize(picture.rgb, size, slot, self._scratch.resized)
                 for card, model in self._preparing:
@@ -374,7 +389,6 @@ class Worker:
                 self._judge(items[half:], {size: batch[half:] for size, batch in images.items()})
 
     def _caption_and_score(self, items: list[Item], images: _Buffers) -> None:
-        spec = self.job.spec
         if self.job.stage is Stage.CAPTION:
             self._caption(items, images)
         texts = [item.texts for item in items]
@@ -385,11 +399,14 @@ class Worker:
             [replace(text, scores=own[text.clean]) if text.clean else text for text in row]
             for row, own in zip(texts, scores, strict=True)
         ]
-        thresholds = spec.effective_thresholds
-        verdicts = [decide(row, thresholds, spec.decision, spec.keep) for row in scored]
-        for item, row in zip(items, verdicts, strict=True):  # once none can raise: a row has all of its fate or nothing
-            item.texts = row
-            item.status, item.reason = row_outcome(row)
+        if self._classifier is not None:
+            for item, unsafe in zip(items, self._classifier.score(images[self._classifier.image_size]), strict=True):
+                item.unsafe = as_stored(unsafe)
+        verdicts = [self._rules.judge(row, item.row.url, item.unsafe) for item, row in zip(items, scored, strict=True)]
+        for item, verdict in zip(
+            items, verdicts, strict=True
+        ):  # once none can raise: a row has all its fate or nothing
+            item.texts, item.status, item.reason = verdict
 
     def _caption(self, items: list[Item], images: _Buffers) -> None:
         """Give each row, after the web's text, those that each captioner writes.

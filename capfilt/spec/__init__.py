@@ -8,13 +8,14 @@ from capfilt.spec.bootstrap import BootstrapSpec, CurateSettings
 from capfilt.spec.cards import (
     BatchSize,
     CaptionerCard,
+    ClassifierCard,
     FilterCard,
     LocalCard,
     Placement,
     Thresholds,
     ThresholdsOverride,
 )
-from capfilt.spec.curation import CurateSpec, Decision, Keep
+from capfilt.spec.curation import CurateSpec, Decision, Duplicates, Keep, KeepOut
 from capfilt.spec.evaluation import Captioning, EvaluateSpec, EvaluationSettings, Quality, Retrieval, Truth
 from capfilt.spec.export import ExportFormat, ExportSpec, TextRule
 from capfilt.spec.fields import (
@@ -74,6 +75,7 @@ __all__ = [
     "CaptionerSettings",
     "Captioning",
     "Checkpoint",
+    "ClassifierCard",
     "Columns",
     "Contrast",
     "CurateSettings",
@@ -81,6 +83,7 @@ __all__ = [
     "Decision",
     "Download",
     "DualCard",
+    "Duplicates",
     "EndpointCard",
     "EvaluateSpec",
     "EvaluationSettings",
@@ -97,6 +100,7 @@ __all__ = [
     "Initial",
     "Input",
     "Keep",
+    "KeepOut",
     "LocalCard",
     "LocalCheckpoint",
     "ModelCard",

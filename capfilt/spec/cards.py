@@ -105,3 +105,18 @@ class FilterCard(_BlipCard):
     def unit(self) -> Literal["probability"]:
         """What its scores are."""
         return "probability"
+
+
+class ClassifierCard(Model):
+    """An image classifier (transformers' `AutoModelForImageClassification`) of what is to be kept out."""
+
+    role: Literal["classifier"]
+    name: str = Field(pattern=r"^[\w.-]{1,80}$", description="For messages.")
+    checkpoint: Checkpoint = Field(description="config.json, safetensors and preprocessor_config.json.")
+    image_size: int = Field(ge=8, le=1024, description="Side in pixels; images are resized to a square of it.")
+    batch_size: int = Field(default=16, ge=1, le=4096, description="Images in one forward pass.")
+    labels: tuple[str, ...] = Field(min_length=1, description="The model's labels for what is to be kept out.")
+    threshold: float = Field(
+        default=0.5, ge=0, le=1, description="Of the labels' probability, together: from it on a row is dropped."
+    )
+    licence: str = Field(default="unknown", description="Of the weights, for the dataset card.")

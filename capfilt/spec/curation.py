@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections import Counter
+from pathlib import Path
 from statistics import fmean
-from typing import Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, field_validator, model_validator
+import idna
+import regex
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
-from capfilt.spec.cards import CaptionerCard, Card, Placement, Thresholds, ThresholdsOverride
-from capfilt.spec.fields import Images, Input, Model, OutputLocation, Ray, StorageOptions
+from capfilt.spec.cards import CaptionerCard, Card, ClassifierCard, Placement, Thresholds, ThresholdsOverride
+from capfilt.spec.fields import Images, Input, Model, OutputLocation, Ray, StorageOptions, absolute
 from capfilt.spec.kinds import AnyCaptioner, AnyCard, AnyFilter
 from capfilt.spec.removal import Retention, Withdrawn
 from capfilt.spec.sampling import Sampling
@@ -18,6 +23,67 @@ Decision = Literal["mean", "vote"]
 Keep = Literal["best", "all-above-threshold"]
 
 _Card = TypeVar("_Card", bound=Card)
+
+
+class Duplicates(Model):
+    """Copies: rows whose image, or URL, another row that is kept has. Found over all shards once they are decided."""
+
+    near_bits: int | None = Field(
+        default=None,
+        ge=0,
+        le=16,
+        description="Images whose perceptual hashes differ in at most so many of 128 bits are copies, too; 14 finds "
+        "images resized, recompressed or cropped by up to 5%. None compares bytes (sha256) alone.",
+    )
+    max_per_image: int = Field(default=1, ge=1, description="Rows of one image that stay, each with its own texts.")
+    max_per_url: int | None = Field(default=None, ge=1, description="Rows of one URL that stay; all if not given.")
+
+
+def _listed(value: Any, info: ValidationInfo) -> Any:
+    """A list, or the lines of the file that is named in its place; relative to the spec's."""
+    if not isinstance(value, str):
+        return value
+    path = Path(absolute(value, (info.context or {}).get("base", os.curdir)))
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read: {error}; a list is given as such, or as a text file") from error
+    return [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def _domain(name: str) -> str:
+    """In ASCII, lower case."""
+    try:
+        ascii_ = name.strip().lower() if name.isascii() else idna.encode(name.strip(), uts46=True).decode()
+    except idna.IDNAError as error:
+        raise ValueError(f"{name} is no domain: {error}") from error
+    if not re.fullmatch(r"[\w-]+(\.[\w-]+)*", ascii_, re.ASCII):
+        raise ValueError(f"{name} is no domain; write `example.org`, which keeps its subdomains out, too")
+    return ascii_
+
+
+def _phrase(text: str) -> str:
+    if not regex.search(r"[\p{L}\p{N}]", text):
+        raise ValueError(f"{text!r} has no letter or digit, so it is in no text")
+    return text.strip()
+
+
+def _in_order(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(sorted(set(names)))  # neither order nor repetition makes decisions stale
+
+
+class KeepOut(Model):
+    """What is not to be in the dataset, whatever its scores. A list may be a text file of one a line."""
+
+    domains: Annotated[
+        tuple[Annotated[str, AfterValidator(_domain)], ...], BeforeValidator(_listed), AfterValidator(_in_order)
+    ] = Field(default=(), description="Rows whose URL is under one of these are dropped; `example.org`, any script.")
+    words: Annotated[
+        tuple[Annotated[str, AfterValidator(_phrase)], ...], BeforeValidator(_listed), AfterValidator(_in_order)
+    ] = Field(default=(), description="Texts that have one of these words or phrases, in any case, are dropped.")
+    classifier: ClassifierCard | None = Field(
+        default=None, description="Card of an image classifier, or its path; for images not safe for work, say."
+    )
 
 
 class CurateSpec(Model):
@@ -47,6 +113,8 @@ class CurateSpec(Model):
         description="Which of an image's synthetic texts that match stay: the best one, or all that differ. A web text "
         "is judged by itself.",
     )
+    duplicates: Duplicates | None = Field(default=None, description="Drop copies; not looked for if not given.")
+    keep_out: KeepOut | None = Field(default=None, description="Domains, words and kinds of images; none if not given.")
     images: Images = Images()
     fragment_rows: int = Field(
         default=1000,

@@ -72,6 +72,8 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
         if isinstance(cards := data.get(field), list):
             for number in range(len(cards)):
                 _open_card(cards, number, path.parent)
+    if isinstance(kept_out := data.get("keep_out"), dict):
+        _open_card(kept_out, "classifier", path.parent)
     spec: RunSpec = _validated(_kind(data, path), data, path)
     return spec
 
@@ -152,7 +154,8 @@ def _assign(data: dict[str, Any], override: str, base: Path) -> None:
     for depth, key in enumerate(keys[:-1]):
         at = _place(node, key, keys[:depth], override)
         in_list = depth == 1 and keys[0] in _CARD_LISTS and isinstance(node, list)
-        if in_list or (depth == 0 and key in _CARDS):
+        kept_out = depth == 1 and keys[:2] == ["keep_out", "classifier"] and isinstance(node, dict)
+        if in_list or kept_out or (depth == 0 and key in _CARDS):
             _open_card(node, at, base)
         node = node.setdefault(at, {}) if isinstance(node, dict) else node[at]
     node[_place(node, keys[-1], keys[:-1], override)] = value
