@@ -386,9 +386,11 @@ def test_the_key_is_left_nowhere(
 
 def test_what_is_waited_for_ends_with_the_captioner(server: ChatServer, connect: Connect) -> None:
     captioner = connect(timeout=60)
-    server.reply = lambda _: Reply(b"", delay=1.0)
+    server.reply = lambda _: Reply(b"", delay=2.0)
     rgbs, sha256 = pictures(1)
     pending = captioner.prepare(rgbs[0], sha256[0])
+    while len(server.asked) < 3:  # the plain image, and two captions
+        time.sleep(0.01)
     begin = time.monotonic()
     captioner.close()
     assert time.monotonic() - begin < 0.9

@@ -92,7 +92,8 @@ def write_blip2(directory: Path) -> Path:
         vocab_size=VOCABULARY, encoder_hidden_size=32, cross_attention_frequency=1, **_TOWER, pad_token_id=PAD
     )
     text = OPTConfig(
-        vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=96, tie_word_embeddings=False,
+        vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=96,
+        tie_word_embeddings=False,  # tied, it writes the same token again and again
         **_LAYERS, **_IDS,
     )  # fmt: skip
     config = Blip2Config(
