@@ -94,7 +94,7 @@ def test_greedy_is_transformers_own(kind: str, make: Make, checkpoints: dict[str
     assert len(set(theirs)) > 3  # the pictures are looked at
 
 
-@pytest.mark.parametrize("tolerance", [None, 0.2], ids=["usual", "many ties"])
+@pytest.mark.parametrize("tolerance", [None, pytest.param(0.2, marks=pytest.mark.slow)], ids=["usual", "many ties"])
 def test_captions_do_not_depend_on_the_batch(kind: str, make: Make, tolerance: float | None) -> None:
     rgbs, sha256 = pictures(10)
     plain = make(kind, tie_tolerance=tolerance, batch_size=1)
