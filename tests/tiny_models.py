@@ -93,6 +93,7 @@ def write_blip2(directory: Path) -> Path:
     )
     text = OPTConfig(
         vocab_size=VOCABULARY, hidden_size=32, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=96,
+        tie_word_embeddings=False,  # tied, it writes the same token again and again
         **_LAYERS, **_IDS,
     )  # fmt: skip
     config = Blip2Config(

@@ -454,7 +454,9 @@ def _noted(card: AnyCard) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        error.add_note(f"{card.role} {card.name}")
+        note = f"{card.role} {card.name}"
+        if note not in getattr(error, "__notes__", ()):  # a model may raise the same error again
+            error.add_note(note)
         raise
 
 
