@@ -526,7 +526,7 @@ class Deadly:
 
     def __init__(self, unit: Redecision) -> None:
         self.file, self.start, self.stop, self.file_rows = unit.file, unit.start, unit.stop, unit.file_rows
-        self.rows, self.name = unit.rows, unit.name
+        self.rows, self.name, self.withdrawn = unit.rows, unit.name, unit.withdrawn
 
     @property
     def annotations(self) -> DataFile:
