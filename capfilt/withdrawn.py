@@ -113,8 +113,7 @@ def read_lists(spec: Withdrawn) -> Lists:
         for text in sorted(own):
             whole.update(f"{text}\0".encode())
         names.append(frozenset(own))
-    urls, keys = names
-    return Lists(urls, keys, whole.hexdigest())
+    return Lists(urls=names[0], keys=names[1], digest=whole.hexdigest())
 
 
 def _found(place: str, spec: Withdrawn) -> list[str]:

@@ -34,7 +34,7 @@ from capfilt.pipelines.progress import Display
 from capfilt.pipelines.redecide import Redecision, redecisions
 from capfilt.plan import Stage, make_plan
 from capfilt.receipts import RECEIPTS, Receipt
-from capfilt.spec import CurateSpec, Sampling, Thresholds
+from capfilt.spec import CurateSpec, Sampling, Thresholds, Withdrawn
 
 BAD: list[bytes | None] = [None, b"", b"<html>", jpeg(1)[:-200]]
 
@@ -115,6 +115,12 @@ def web(tmp_path: Path) -> Path:
 
 def change(rng: random.Random, spec: CurateSpec, stage: Stage) -> CurateSpec:
     """Another spec, of which no more is stale than `stage` and what comes after it."""
+    if stage is Stage.WITHDRAW:
+        listed = Path(spec.output).parent / "withdrawn.txt"
+        urls = [f"http://example.org/{rng.randrange(3)}/{rng.randrange(120)}.jpg" for _ in range(rng.randint(1, 40))]
+        listed.write_text("\n".join([listed.read_text() if listed.exists() else "", *urls]))
+        withdrawn = Withdrawn(urls=(str(listed),))
+        return spec.model_copy(update={"withdrawn": withdrawn, "fragment_rows": rng.randint(1, 90)})
     update: dict[str, Any] = {
         "thresholds": Thresholds(web=rng.random(), synthetic=rng.random()),
         "keep": rng.choice(["best", "all-above-threshold"]),
@@ -151,7 +157,7 @@ def test_a_restart_ends_with_what_a_run_from_scratch_makes(
     for _ in range(2):
         spec = change(rng, spec, stage)
         expected = scratch(spec)
-        load = no_models if stage is Stage.DECIDE else load_hash
+        load = no_models if stage in (Stage.WITHDRAW, Stage.DECIDE) else load_hash
         summary = run(spec, load)
         assert list(summary.stages) == [stage] or not summary.stages  # the same thresholds again, by chance
         assert tables(spec.output) == expected
@@ -520,7 +526,7 @@ class Deadly:
 
     def __init__(self, unit: Redecision) -> None:
         self.file, self.start, self.stop, self.file_rows = unit.file, unit.start, unit.stop, unit.file_rows
-        self.rows, self.name = unit.rows, unit.name
+        self.rows, self.name, self.withdrawn = unit.rows, unit.name, unit.withdrawn
 
     @property
     def annotations(self) -> DataFile:

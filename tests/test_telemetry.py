@@ -195,6 +195,7 @@ def test_it_is_told_that_the_extra_is_not_installed(tmp_path: Path, asked: bool)
     assert done.stdout.splitlines() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("web")
 def test_a_collector_that_does_not_answer_is_no_failure_of_the_run(
     make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch

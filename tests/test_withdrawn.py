@@ -394,6 +394,7 @@ def test_lists_that_an_input_cannot_be_compared_with_fail_it(make_spec: MakeSpec
     assert run(spec).reasons["withdrawn"] == 2
 
 
+@pytest.mark.slow
 def test_rows_behind_a_corrupt_page_are_unreadable_and_those_before_it_are_compared(
     make_spec: MakeSpec, tmp_path: Path
 ) -> None:
