@@ -437,7 +437,7 @@ def test_no_threshold_has_a_better_f1(good: Array, bad: Array) -> None:
 def test_the_limit_holds_and_no_threshold_within_it_keeps_more(good: Array, bad: Array, limit: float) -> None:
     tried = [t for t in {*good, *bad} if (bad >= t).mean() <= limit]
     if not tried:
-        with pytest.raises(ValueError, match=r"^max_false_positive_rate: \d+ of \d+ shuffled"):
+        with pytest.raises(ValueError, match=r"^max_false_positive_rate: \d+ of \d+ untrue"):
             calibrate(good, bad, max_false_positive_rate=limit)
         return
     found = calibrate(good, bad, max_false_positive_rate=limit)
@@ -475,7 +475,7 @@ def test_calibration_to_check_by_eye(
         ([0.1], [math.nan], None, "^shuffled_M: 1 of 1 scores are NaN"),
         ([0.1], [0.1], -0.1, "^max_false_positive_rate: -0.1 is not"),
         ([0.1], [0.1], math.nan, "^max_false_positive_rate: nan is not"),
-        ([0.1], [0.9, 0.2], 0.4, "^max_false_positive_rate: 1 of 2 shuffled pairs"),
+        ([0.1], [0.9, 0.2], 0.4, "^max_false_positive_rate: 1 of 2 untrue pairs"),
     ],
 )
 def test_bad_calibrations_are_named(

@@ -288,7 +288,7 @@ def test_text_rules_of_a_dataset(make: MakeExport, curated: str, rule: str, more
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 5000)), max_size=12),
+    st.lists(st.tuples(st.integers(1, 40), st.integers(1, 5000)), max_size=12),
     st.integers(1, 8000),
     st.none() | st.integers(1, 50),
 )

@@ -6,6 +6,7 @@ import cProfile
 import gc
 import io
 import itertools
+import json
 import os
 import re
 import shutil
@@ -496,7 +497,13 @@ class ClientPayloadError(Exception):
     """A store client's own kind, as aiohttp's, which is no OSError."""
 
 
-TRANSIENT = [FSTimeoutError, ConnectionResetError, ClientPayloadError, lambda text: OSError(5, text), ValueError]
+TRANSIENT = [
+    FSTimeoutError,
+    ConnectionResetError,
+    ClientPayloadError,
+    lambda text: OSError(5, text),
+    lambda text: json.JSONDecodeError(text, "", 0),
+]
 
 
 @pytest.mark.parametrize("error", TRANSIENT)

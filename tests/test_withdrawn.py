@@ -87,7 +87,7 @@ def test_withdrawn_rows_are_as_if_they_had_never_been_curated(make_spec: MakeSpe
     for row in gone:
         held = {name for name, value in row.items() if value not in (None, [], "")}
         provenance = {"seed", "caption_fingerprint", "score_fingerprint", "decide_fingerprint", "input_id"}
-        assert held == {"shard", "row", "status", "reason", "note", *provenance}
+        assert held == {"shard", "row", "status", "reason", "note", "generation", *provenance}
         assert row["status"] == "dropped"
     places = {(row["shard"], row["row"]) for row in gone}
     for name, rows in before.items():
