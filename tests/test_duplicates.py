@@ -27,7 +27,7 @@ from capfilt.pipelines.job import Job, LoadModels
 from capfilt.plan import Stage
 from capfilt.receipts import Receipt
 from capfilt.schema import Reason
-from capfilt.spec import CurateSpec, Duplicates, Thresholds
+from capfilt.spec import CurateSpec, Duplicates, Thresholds, Withdrawn
 
 LOOSE = Thresholds(web=0.0, synthetic=0.0)
 
@@ -206,6 +206,21 @@ def test_a_night_without_news_reads_nothing_and_commits_nothing(make_spec: MakeS
     versions = CuratedDataset.for_reading(spec.output, {}).versions()
     summary = run(spec, no_models)
     assert (summary.shards, summary.skipped, summary.versions) == (0, 3, versions)
+
+
+def test_where_the_row_that_stayed_is_withdrawn_another_copy_stays(make_spec: MakeSpec, web: Path) -> None:
+    spec = spec_of(make_spec)
+    run(spec)
+    listed = web.parent / "urls.txt"
+    listed.write_text("http://example.org/a/0.jpg\nhttp://example.org/b/3.jpg\n")
+    spec = spec.model_copy(update={"withdrawn": Withdrawn(urls=(str(listed),))})
+    assert list(run(spec, no_models).stages) == [Stage.WITHDRAW, Stage.DECIDE]
+    gone = ("withdrawn", None)
+    assert fates(spec.output) == WEB | {"a0": gone, "b3": gone, "b1": (None, None), "c1": ("duplicate", "b1")}
+    assert (run(spec, no_models).shards, CuratedDataset.for_reading(spec.output, {}).settled) == (0, True)
+    scratch = spec.model_copy(update={"output": f"{spec.output}-scratch"})
+    run(scratch)
+    assert tables(spec.output) == tables(scratch.output)
 
 
 def test_a_new_shard_whose_name_comes_first_takes_nothing_from_those_before(make_spec: MakeSpec, web: Path) -> None:
