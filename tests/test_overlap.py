@@ -86,8 +86,10 @@ def run(spec: CurateSpec, execute: Any = in_process) -> Summary:
 
 
 def rows(output: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Annotations and pairs, without the runs that made them."""
-    annotations, pairs = ([{**row, "run": None} for row in read(output, table)] for table in ("annotations", "pairs"))
+    """Annotations and pairs, without the runs that made them, and when."""
+    annotations, pairs = (
+        [{**row, "run": None, "generation": None} for row in read(output, table)] for table in ("annotations", "pairs")
+    )
     return annotations, pairs
 
 

@@ -70,8 +70,8 @@ def read_earlier(job: Job, fragment: Fragment) -> dict[int, Earlier]:
         columns = (table[name].to_pylist() for name in _COLUMNS[:-1])
         for row, form, width, height, sha256, status, reason, detail, own in zip(*columns, texts, strict=True):
             captions = [Text(text.source, text.candidate, text.text, text.clean, text.captioner) for text in own[1:]]
-            captioned = status == Status.KEPT or (status == Status.DROPPED and reason != Reason.NO_IMAGE)
-            if len(captions) != expected and (captions or captioned):
+            met_no_model = status == Status.ERROR or reason in (Reason.NO_IMAGE, Reason.WITHDRAWN)
+            if len(captions) != expected and (captions or not met_no_model):
                 raise InputError(
                     f"{table_url(job, ANNOTATIONS, path)}: row {row} has {len(captions)} captions where the spec's "
                     f"captioners write {expected}; curate into a new output"
