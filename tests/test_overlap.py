@@ -31,6 +31,7 @@ from capfilt.pipelines.worker import Job, LoadModels
 from capfilt.receipts import RECEIPTS, Receipt
 from capfilt.records import DIED, RUNNING
 from capfilt.spec import CurateSpec
+from capfilt.terminal import out
 
 LEASE_SECONDS = 5
 DRIVER = Path(__file__).parent / "plain_driver.py"
@@ -239,7 +240,8 @@ def test_what_a_run_leaves_on_record(spec: CurateSpec, monkeypatch: pytest.Monke
         assert record.details[name], name
     listed = json.loads(CliRunner().invoke(app, ["runs", spec.output, "--json"]).stdout)
     assert listed == [json.loads(json.dumps(record.as_json()))]
-    table = CliRunner().invoke(app, ["runs", spec.output], env={"COLUMNS": "200"}).stdout
+    monkeypatch.setattr(out, "width", 200)  # it took that of its terminal, if any, when it was made
+    table = CliRunner().invoke(app, ["runs", spec.output]).stdout
     for cell in (summary.run, "done", "240"):
         assert cell in table
 
