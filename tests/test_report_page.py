@@ -193,11 +193,12 @@ def test_hostile_captions_are_inert(page: Any) -> None:
         ("gnp.exe", "a cat \\u202egnp.exe\\u202c on \\u2066the\\u2069 mat\\u200b"),
     ):
         page.fill("#find", words)
+        first = "(shown) => document.querySelector('.pair .said')?.textContent === shown"
+        page.wait_for_function(first, arg=shown)  # the search waits for the keyboard to rest
         page.wait_for_function("() => document.getElementById('found').textContent.startsWith('1 of')")
-        assert page.locator(".pair .said").first.evaluate("(one) => one.textContent") == shown
         assert page.locator(".pair .said *").count() == 0
     page.fill("#find", "endless")
-    page.wait_for_function("() => document.getElementById('found').textContent.startsWith('1 of')")
+    page.wait_for_function("() => document.querySelector('.pair .said')?.textContent.includes('endless')")
     said = page.locator(".pair .said").first
     assert said.bounding_box()["height"] < 100
     page.get_by_role("button", name="all of it").first.click()
