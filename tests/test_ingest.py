@@ -535,8 +535,8 @@ def web(forbidden: str) -> dict[str, tuple[Page, str, str]]:
         "png-bomb": (Page(bomb(), "image/png"), BAD, "too_many_pixels"),
         "huge": (Page(b"\xff\xd8\xff" + b"x" * 3_000_000, jpg), NONE, "more than 1,000,000 bytes"),
         "lying": (Page(PICTURE, jpg, claimed=str(10**12)), NONE, "more than 1,000,000 bytes"),
-        "stall": (Page(PICTURE, jpg, delay=2.2), NONE, "nothing came for 1.5 s"),
-        "drip": (Page(PICTURE[:100], jpg, drip=0.1), NONE, "took longer than 2.5 s in all"),
+        "stall": (Page(PICTURE, jpg, delay=4.2), NONE, "nothing came for 3.5 s"),
+        "drip": (Page(PICTURE[:100], jpg, drip=0.1), NONE, "took longer than 5.5 s in all"),
         "circle": (leads("/circle"), NONE, "HTTP Error 302"),
         "to-file": (leads("file:///etc/passwd"), NONE, "HTTP Error 302: Found - Redirection"),
         "to-private": (leads(f"{forbidden}/secret.jpg"), NONE, "127.0.0.2 is refused: 127.0.0.2 is not"),
@@ -567,7 +567,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory, forbidden: WebServer) -> tuple
             max_error_fraction=0.9,
             resize={"image_size": 256},
             download={
-                **{"timeout": 1.5, "total_timeout": 2.5, "max_bytes": 1_000_000, "thread_count": 40, **HERE},
+                **{"timeout": 3.5, "total_timeout": 5.5, "max_bytes": 1_000_000, "thread_count": 40, **HERE},
                 "user_agent_token": "capfilt-test",
             },
         )

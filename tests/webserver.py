@@ -87,6 +87,8 @@ class WebServer:
                 """Silent: pytest shows what fails."""
 
         class Server(ThreadingHTTPServer):
+            request_queue_size = 128  # 5, and a connection more has to wait a second for its next try
+
             def handle_error(self, request: object, client_address: object) -> None:
                 """Silent: who has heard enough hangs up."""
 
