@@ -6,6 +6,9 @@
 random scores, half of which reach the threshold. Words of texts are drawn from a vocabulary of `--words` by Zipf's law,
 4 to 20 to a web text and 6 to 14 to a synthetic one. The pairs of kept rows hold a small JPEG each, from which the
 gallery's pictures are made; there is no input, so that dropped rows have none. Making the data is not counted.
+
+Where there is a Chromium, and Playwright, its page's slider is moved 13 times: milliseconds from the event to the next
+frame drawn, to be 100 at the most.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from measuring import machine
+from measuring import machine, spread
 from PIL import Image
 
 from capfilt.dataset import Counts, CuratedDataset, DataFile, Provenance, ShardCommit
@@ -130,6 +133,33 @@ def make(output: Path, shards: int, rows: int, vocabulary: int) -> None:
         dataset.commit([annotate(output, f"part-{n:05d}", n, rows // shards, words) for n in numbers])
 
 
+SLIDE = """async (to) => {
+  const slider = document.getElementById("slide-web");
+  slider.value = to;
+  const begin = performance.now();
+  slider.dispatchEvent(new Event("input", { bubbles: true }));
+  await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
+  return performance.now() - begin;
+}"""
+
+
+def slide(page: Path) -> list[float]:
+    """Milliseconds that each move of the slider takes; none where there is no browser."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        return []
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        shown = browser.new_page()
+        shown.goto(page.as_uri())
+        shown.wait_for_selector("html[data-ready]")
+        took = [shown.evaluate(SLIDE, n / 12) for n in range(13)]
+        browser.close()
+    return took
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000)
@@ -147,11 +177,13 @@ def main() -> None:
         command = [sys.executable, "-m", "capfilt", "report", str(root / "out"), "--to", str(page)]
         begin = time.perf_counter()
         subprocess.run(command, check=True, env={**os.environ, "TMPDIR": str(root)})
-        found = {
+        found: dict[str, Any] = {
             "seconds": round(time.perf_counter() - begin, 1),
             "peak memory, MiB": round(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**10),
             "page, MB": round(page.stat().st_size / 10**6, 2),
         }
+        if took := slide(page):
+            found["slider, ms"] = {name: round(value, 1) for name, value in spread(took).items()}
     finally:
         shutil.rmtree(root)
     print(json.dumps(found))

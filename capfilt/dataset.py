@@ -217,7 +217,7 @@ class CuratedDataset:
     def __init__(self, output: str, options: Mapping[str, Any]) -> None:
         """Touches nothing; use :meth:`for_reading` or :meth:`for_writing`."""
         self.output = output.rstrip("/")
-        self.options = self._options = dict(options)
+        self.options = dict(options)
         self._delta_options = delta_options(output, options)
         self._tables: dict[str, DeltaTable] = {}
         self._transaction: int | None = None  # the number this writer builds on; None for a reader
@@ -302,12 +302,12 @@ class CuratedDataset:
         """What runs left on record, the newest first; all if `last` is None."""
         fs, root = self._filesystem()
         names = sorted(self._names("_runs") - _RESERVED, reverse=True)
-        return read_records(self.output, self._options, fs, root, names[:last])
+        return read_records(self.output, self.options, fs, root, names[:last])
 
     def record(self, run: str) -> RunRecord:
         """What one run left on record; one without details if nothing."""
         fs, root = self._filesystem()
-        (found,) = read_records(self.output, self._options, fs, root, [run])
+        (found,) = read_records(self.output, self.options, fs, root, [run])
         return found
 
     def closed_runs(self) -> set[str]:
@@ -376,9 +376,7 @@ class CuratedDataset:
         Raises:
             DatasetError: there is no such version.
         """
-        delta = self._tables[ANNOTATIONS] if version is None else self._at(ANNOTATIONS, version)
-        paths: list[str] = pa.table(delta.get_add_actions())["path"].to_pylist()
-        return paths
+        return self._paths_of(ANNOTATIONS, version)[1]
 
     @property
     def settled(self) -> bool:
@@ -393,7 +391,8 @@ class CuratedDataset:
     @classmethod
     def settled_in(cls, output: str, options: Mapping[str, Any]) -> bool:
         """Whether the dataset at an output is settled; one that does not exist is."""
-        return not cls(output, options)._exists() or cls.for_reading(output, options).settled
+        dataset = cls.if_any(output, options)
+        return dataset is None or dataset.settled
 
     def commit(self, shards: Sequence[ShardCommit], *, settles: bool = False) -> int:
         """Make whole shards part of the dataset, each in place of whatever it held under that name: all, or none.
@@ -532,9 +531,13 @@ class CuratedDataset:
     # --- one table ---
 
     def _files_of(self, table: str, version: int | None) -> tuple[int, list[str]]:
+        number, paths = self._paths_of(table, version)
+        return number, sorted(f"{self._uri(table)}/{path}" for path in paths)
+
+    def _paths_of(self, table: str, version: int | None) -> tuple[int, list[str]]:
         delta = self._tables[table] if version is None else self._at(table, version)
-        paths = pa.table(delta.get_add_actions())["path"].to_pylist()  # not file_uris, which say %20 for a space
-        return delta.version(), sorted(f"{self._uri(table)}/{path}" for path in paths)
+        paths: list[str] = pa.table(delta.get_add_actions())["path"].to_pylist()  # file_uris say %20 for a space
+        return delta.version(), paths
 
     def as_of(self, version: int) -> Self:
         """The dataset for reading, as it was at a version of its pairs.
@@ -545,7 +548,7 @@ class CuratedDataset:
         """
         if version == self._tables[PAIRS].version():
             return self
-        then = type(self)(self.output, self._options)
+        then = type(self)(self.output, self.options)
         then._tables = {table: self._at(table, version) for table in DIRECTORIES}
         if len({then._number(table) for table in DIRECTORIES}) > 1:
             raise DatasetError(
@@ -732,7 +735,7 @@ class CuratedDataset:
             ) from error
 
     def _filesystem(self) -> tuple[Any, str]:
-        return connect(self.output, self._options, auto_mkdir=True)
+        return connect(self.output, self.options, auto_mkdir=True)
 
     def _put(self, path: str, data: bytes) -> None:
         """Write a small file under the output."""

@@ -100,7 +100,7 @@ def without_copies(decide: str) -> str:
 def run_fingerprints(spec: CurateSpec) -> Fingerprints:
     """The three fingerprints of a run. Reads local checkpoints whole (about 1 GB/s).
 
-    Not in them: batch size, compilation, placement, fragment size, quarantine, names, paths. They change no row's
+    Not in them: batch size, placement, fragment size, quarantine, names, paths. They change no row's
     result. (The names are recorded with texts and scores: a shard keeps those that its cards had when it was curated.)
 
     Raises:

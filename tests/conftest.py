@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,22 @@ def write_shard(
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path, row_group_size=row_group)
     return path
+
+
+def write_sick_shards(folder: Path) -> None:
+    """Four shards of 30 rows; some rows are bad."""
+    for s in range(4):
+        images: list[bytes | None] = [jpeg(100 * s + i) for i in range(30)]
+        images[3], images[17] = None, b"<html>"
+        write_shard(folder / f"{s:05d}.parquet", images)
+
+
+@pytest.fixture(scope="module")
+def ray_folder() -> Iterator[Path]:
+    """For Ray's sessions; the names of its sockets leave room for a short path only."""
+    folder = Path(tempfile.mkdtemp(prefix="crash-"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 MakeSpec = Callable[..., CurateSpec]

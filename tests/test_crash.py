@@ -13,10 +13,9 @@ import os
 import random
 import shutil
 import signal
-import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,14 +119,6 @@ def build(folder: Path, ray_folder: Path, images: int, shards: int) -> Site:
         if row["broken"] is not None:
             broken.add((names[row["shard"]].shard, row["row"]))
     return Site(folder, ray_folder, bytes_of, broken, {}, {})
-
-
-@pytest.fixture(scope="module")
-def ray_folder() -> Iterator[Path]:
-    """For Ray's sessions; the names of its sockets leave room for a short path only."""
-    folder = Path(tempfile.mkdtemp(prefix="crash-"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

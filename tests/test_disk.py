@@ -19,7 +19,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from conftest import MakeSpec, jpeg, read, write_shard
+from conftest import MakeSpec, read, write_sick_shards
 from rich.console import Console
 from stubs import load_hash
 from test_crash import plain_ids
@@ -101,11 +101,8 @@ def drawn(kind: str) -> list[Fault]:
 
 @pytest.fixture
 def spec(make_spec: MakeSpec, tmp_path: Path) -> CurateSpec:
-    """Four shards of 30 rows, eight fragments; some rows are bad."""
-    for s in range(4):
-        images: list[bytes | None] = [jpeg(100 * s + i) for i in range(30)]
-        images[3], images[17] = None, b"<html>"
-        write_shard(tmp_path / "in" / f"{s:05d}.parquet", images)
+    """Eight fragments."""
+    write_sick_shards(tmp_path / "in")
     return make_spec(fragment_rows=15, output=str(tmp_path / "disk" / "out"))
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,14 +25,6 @@ STRIKES = [  # the first: fragments that are captioned; then, those of shards th
     Strike("driver", "work", 0.7, 0.05, 0.0),
     Strike("driver", "vacuum", 0.0, 0.01, 0.0),
 ]
-
-
-@pytest.fixture(scope="module")
-def ray_folder() -> Iterator[Path]:
-    """For Ray's sessions; the names of its sockets leave room for a short path only."""
-    folder = Path(tempfile.mkdtemp(prefix="crash-"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

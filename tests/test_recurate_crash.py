@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import random
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,14 +32,6 @@ STRIKES = [
     Strike("driver", "vacuum", 0.0, 0.01, 0.0),
 ]
 STARTUP_SECONDS = 9.0
-
-
-@pytest.fixture(scope="module")
-def ray_folder() -> Iterator[Path]:
-    """For Ray's sessions; the names of its sockets leave room for a short path only."""
-    folder = Path(tempfile.mkdtemp(prefix="crash-"))
-    yield folder
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")

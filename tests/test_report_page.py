@@ -14,7 +14,6 @@ from curated_web import HOSTILE, curate_web, make_web
 from capfilt.schema import Status
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-SLIDER_MS = 100
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium on this machine (on Debian and Ubuntu: apt-get install chromium)"
@@ -84,20 +83,17 @@ def page(watched: Watched) -> Iterator[Any]:
     watched.frames()
 
 
-def slide(page: Any, source: str, to: float) -> float:
-    """Move a slider; the milliseconds until the next frame is drawn."""
-    took: float = page.evaluate(
+def slide(page: Any, source: str, to: float) -> None:
+    """Move a slider, and wait until the next frame is drawn."""
+    page.evaluate(
         """async ([source, to]) => {
           const slider = document.getElementById(`slide-${source}`);
           slider.value = to;
-          const begin = performance.now();
           slider.dispatchEvent(new Event("input", { bubbles: true }));
           await new Promise((done) => requestAnimationFrame(() => setTimeout(done)));
-          return performance.now() - begin;
         }""",
         [source, to],
     )
-    return took
 
 
 def kept_at(rows: list[dict[str, Any]], web: float, synthetic: float) -> int:
@@ -147,11 +143,6 @@ def test_the_sliders_move_the_gallery(page: Any) -> None:
     )
     assert all(score >= 0.6995 for score in scores)
     assert scores == sorted(scores)  # borderline first
-
-
-def test_the_slider_answers_at_once(page: Any) -> None:
-    took = sorted(slide(page, "web", n / 12) for n in range(13))
-    assert took[len(took) // 2] < SLIDER_MS, took
 
 
 def test_filters_and_search(page: Any) -> None:

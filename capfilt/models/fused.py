@@ -1,8 +1,8 @@
 """What lies between a network's matrix products, each in as few passes over memory as the device allows.
 
 In bfloat16 on a GPU that computes and does not learn: kernels of our own (capfilt.models.kernels), cuDNN's attention
-and the matrix product's own epilogue, if a trial finds that they compute the same. Anywhere else what torch has,
-operation by operation: that is what they compute.
+and the matrix product's own epilogue, if a trial finds that the kernels and it compute the same; of logits, which are
+float32 whatever the network is, the sum of exponentials. Anywhere else what torch has, operation by operation.
 
 B  images    N  texts, or rows    H  heads    L  queries    T  keys    E  width of a head    W  width
 """

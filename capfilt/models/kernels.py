@@ -1,9 +1,8 @@
 """A GPU's kernels of our own (Triton): what torch does in several passes over memory, in one.
 
-A network in bfloat16 waits for memory wherever it does not multiply large matrices: a residual and its norm are five
-passes for two, a token that reads its image reads as fast as memory gives and no faster. Each function says what it
-computes in torch's words; tests hold it to that. Imported where a GPU computes and nowhere else: Triton comes with
-torch's CUDA builds only.
+A network in bfloat16 waits for memory wherever it does not multiply large matrices, as where a residual is added and
+normed, and where a token reads its image. Each function says what it computes in torch's words; tests hold it to that.
+Imported where a GPU computes and nowhere else: Triton comes with torch's CUDA builds only.
 
 B  images    H  heads    M  queries of an image    T  keys    E  width of a head    N  rows    W  their width
 """
@@ -49,7 +48,7 @@ def add_norm(
     """`total = x + branch; return total, layer_norm(total)`, of contiguous rows.
 
     Args:
-        keep: whether the sum is wanted; an empty tensor's memory stands in for it where it is not.
+        keep: whether the sum is wanted; the norm stands in its place where it is not.
     """
     x_NW, branch_NW = x_NW.contiguous(), branch_NW.contiguous()
     width = x_NW.shape[-1]

@@ -146,8 +146,8 @@ def curate(
             inspect(captioner)
         for filter_ in spec.filters if plan.models else ():
             inspect(filter_)
-    unfinished_work = unfinished(spec.output, spec.output_options)
-    work = bool(plan.todo) or unsettled(spec) or unfinished_work or _versions_go(spec)
+    left = bool(plan.todo) or unsettled(spec) or unfinished(spec.output, spec.output_options)
+    work = left or _versions_go(spec)
     with lease if work else nullcontext():
         if lease.contended:
             plan = plan_run(spec, fingerprints)
