@@ -6,7 +6,7 @@ that arrive later (in a later generation) never change what becomes of earlier o
 outcome does not depend on the order in which shards were finished.
 
 R  rows    I  images that differ (by sha256), in order of their first row    K  those of them that have a hash
-V  views    B  bytes of a hash    W  64-bit words of a hash    P  pairs of images
+B  bytes of a hash    V  its views    W  64-bit words of a view's signs    C  colours of a view    P  pairs of images
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from capfilt.fingerprints import without_copies
-from capfilt.perceptual import BYTES, VIEWS
+from capfilt.perceptual import BYTES, VIEWS, alike, split
 from capfilt.schema import Reason
 from capfilt.spec import Duplicates
 
@@ -59,7 +59,7 @@ class Candidates:
         settled_R: whether the row stays whatever the others are: its shard is not decided anew.
         sha256_R: of the image, its first 16 bytes.
         url_R: a hash of the URL; NO_URL where it has none.
-        hash_RVW: as capfilt.perceptual makes them; zeros where `hashed_R` is False. None if no near copies are wanted.
+        hash_RB: as capfilt.perceptual makes them; zeros where `hashed_R` is False. None if no near copies are wanted.
     """
 
     shards: Sequence[str]
@@ -69,7 +69,7 @@ class Candidates:
     settled_R: npt.NDArray[np.bool_]  # noqa: N815
     sha256_R: npt.NDArray[np.void]  # noqa: N815
     url_R: npt.NDArray[np.uint64]  # noqa: N815
-    hash_RVW: npt.NDArray[np.uint64] | None = None  # noqa: N815  [R, V, W]
+    hash_RB: npt.NDArray[np.uint8] | None = None  # noqa: N815
     hashed_R: npt.NDArray[np.bool_] | None = None  # noqa: N815
 
 
@@ -108,9 +108,9 @@ def find_copies(rows: Candidates, rules: Duplicates) -> Found:
     rank_I[np.argsort(first_I)] = np.arange(len(first_I))  # images in order of their first row
     image_R = rank_I[image_R]
     near: Mapping[int, Sequence[int]] = {}
-    if rows.hash_RVW is not None and rows.hashed_R is not None and rules.near_bits is not None:
+    if rows.hash_RB is not None and rows.hashed_R is not None and rules.near_bits is not None:
         firsts_I = order_R[np.sort(first_I)]
-        near = _near(rows.hash_RVW[firsts_I], rows.hashed_R[firsts_I], rules.near_bits)
+        near = _near(rows.hash_RB[firsts_I], rows.hashed_R[firsts_I], rules.near_bits)
     by_shard: dict[str, dict[int, Copy]] = defaultdict(dict)
     named = zip(rows.shard_R[order_R].tolist(), rows.row_R[order_R].tolist(), strict=True)
     where = [(rows.shards[shard], row) for shard, row in named]
@@ -156,28 +156,32 @@ _TABLES = [(a, (a + b) % BYTES, (a + c) % BYTES) for a in range(BYTES) for b, c 
 """Triples of a hash's bytes, spread evenly. Two pictures are compared where they agree in any of them."""
 
 
-def _near(hash_IVW: npt.NDArray[np.uint64], hashed_I: npt.NDArray[np.bool_], most_bits: int) -> dict[int, list[int]]:
+def _near(hash_IB: npt.NDArray[np.uint8], hashed_I: npt.NDArray[np.bool_], most_bits: int) -> dict[int, list[int]]:
     """For each image, those before it that are near, in order.
 
-    A triple of bytes finds a pair that differs in 10 of 128 bits with probability 0.12, in 14 with 0.05: one of 48 does
-    with more than 0.99, or with 0.9. That depends on the pair alone or, where more than _BUCKET images have the same
-    triple, on those before it: never on later ones.
+    Whether a pair is compared depends on the pair alone or, where more than _BUCKET images have the same triple, on
+    those before it: never on later ones.
     """
     (known_K,) = np.nonzero(hashed_I)
-    hash_KVW = hash_IVW[known_K]
+    signs_KVW, colours_KVC = split(hash_IB[known_K])
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:  # numpy leaves the GIL
-        found = list(pool.map(lambda table: _near_by(table, hash_KVW, most_bits), _TABLES))
+        found = list(pool.map(lambda table: _near_by(table, signs_KVW, colours_KVC, most_bits), _TABLES))
     near: dict[int, list[int]] = defaultdict(list)
     for later, earlier in zip(*np.divmod(np.unique(np.concatenate(found)), max(1, len(known_K))), strict=True):
         near[int(known_K[later])].append(int(known_K[earlier]))
     return near
 
 
-def _near_by(table: tuple[int, int, int], hash_KVW: npt.NDArray[np.uint64], most_bits: int) -> Numbers:
+def _near_by(
+    table: tuple[int, int, int],
+    signs_KVW: npt.NDArray[np.uint64],
+    colours_KVC: npt.NDArray[np.uint8],
+    most_bits: int,
+) -> Numbers:
     """Pairs of near images that agree in a triple of bytes, the whole of one and a view of the other: [P] of
     (the later one x K + the earlier one)."""
-    images = len(hash_KVW)
-    byte_KVB = hash_KVW.view(np.uint8).reshape(images, VIEWS, BYTES)
+    images = len(signs_KVW)
+    byte_KVB = signs_KVW.view(np.uint8).reshape(images, VIEWS, BYTES)
     a, b, c = (byte_KVB[:, :, at].astype(np.int32) for at in table)
     key_VK = np.ascontiguousarray(((a << 16) | (b << 8) | c).T)
     by_key_K = np.argsort(key_VK[0], kind="stable")
@@ -194,7 +198,9 @@ def _near_by(table: tuple[int, int, int], hash_KVW: npt.NDArray[np.uint64], most
         other_P = by_key_K[np.repeat(start[key], partners) + nth_P]
         apart = mine_P != other_P
         mine_P, other_P = mine_P[apart], other_P[apart]
-        bits_P = np.bitwise_count(hash_KVW[mine_P, view] ^ hash_KVW[other_P, 0]).sum(axis=1)
-        mine_P, other_P = mine_P[bits_P <= most_bits], other_P[bits_P <= most_bits]
+        near_P = np.bitwise_count(signs_KVW[mine_P, view] ^ signs_KVW[other_P, 0]).sum(axis=1) <= most_bits
+        mine_P, other_P = mine_P[near_P], other_P[near_P]
+        alike_P = alike(colours_KVC[mine_P, view], colours_KVC[other_P, 0])
+        mine_P, other_P = mine_P[alike_P], other_P[alike_P]
         found.append(np.unique(np.maximum(mine_P, other_P) * images + np.minimum(mine_P, other_P)))
     return np.concatenate(found)

@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from capfilt.dataset import CuratedDataset
 from capfilt.duplicates import NO_URL, Candidates, Found, find_copies
 from capfilt.inputs import InputFile
-from capfilt.perceptual import BYTES, VIEWS
+from capfilt.perceptual import SIZE
 from capfilt.pipelines.job import Job
 from capfilt.plan import why_stale
 from capfilt.schema import COPIES, SHARD, Status
@@ -98,8 +98,12 @@ def _columns(batch: pa.RecordBatch, rules: Duplicates) -> dict[str, Any]:
         found["url_R"] = np.frombuffer(b"".join(url or bytes(8) for url in urls), np.uint64)
     if rules.near_bits is not None:
         hashes = batch["perceptual_hash"]
-        size = VIEWS * BYTES
-        data = b"".join(value or bytes(size) for value in hashes.to_pylist())
-        found["hash_RVW"] = np.frombuffer(data, np.uint64).reshape(len(batch), VIEWS, BYTES // 8)
-        found["hashed_R"] = pc.is_valid(hashes).to_numpy(zero_copy_only=False)
+        hashed_R = pc.equal(
+            pc.fill_null(pc.binary_length(hashes), 0), SIZE
+        )  # older shards' hashes may be of another kind
+        data = b"".join(
+            value if ours else bytes(SIZE) for value, ours in zip(hashes.to_pylist(), hashed_R.to_pylist(), strict=True)
+        )
+        found["hash_RB"] = np.frombuffer(data, np.uint8).reshape(len(batch), SIZE)
+        found["hashed_R"] = hashed_R.to_numpy(zero_copy_only=False)
     return found

@@ -31,8 +31,8 @@ class Duplicates(Model):
     near_bits: int | None = Field(
         default=None,
         ge=0,
-        le=16,
-        description="Images whose perceptual hashes differ in at most so many of 128 bits are copies, too; 14 finds "
+        le=20,
+        description="Images whose perceptual hashes differ in at most so many of 128 bits are copies, too; 16 finds "
         "images resized, recompressed or cropped by up to 5%. None compares bytes (sha256) alone.",
     )
     max_per_image: int = Field(default=1, ge=1, description="Rows of one image that stay, each with its own texts.")
