@@ -19,6 +19,7 @@ from capfilt import dataset_commands, job_commands, logs, run_commands, toy_comm
 from capfilt.arguments import examples
 from capfilt.completion import mend_bash_words
 from capfilt.errors import CapfiltError
+from capfilt.remedies import remedy
 from capfilt.terminal import err, say
 
 app = typer.Typer(
@@ -32,6 +33,11 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
+_NO_MEMORY = (
+    "there is not enough memory; what was finished is kept: take fewer actors, a smaller batch_size or fragment_rows, "
+    "or a machine with more, and run again to resume"
+)
+
 for group in (run_commands, dataset_commands, job_commands, toy_commands):
     app.add_typer(group.commands)
 
@@ -50,7 +56,10 @@ def main() -> None:
         message = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
         message = f"{type(error).__name__}: {message}"
         if isinstance(error, OSError | DeltaError):
-            _fail(error, message, 1, hint="what was finished is kept; mend this and run again to resume")
+            what = remedy(error) or "mend this"
+            _fail(error, message, 1, hint=f"what was finished is kept; {what} and run again to resume")
+        if isinstance(error, MemoryError):
+            _fail(error, message, 1, hint=_NO_MEMORY)
         _fail(error, message, 1, [traceback.format_exc()], "this is a bug of capfilt; what was finished is kept")
 
 

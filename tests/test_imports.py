@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "capfilt"
 LAYERS = [
     {
         *("errors", "schema", "spec", "text", "decide", "fingerprints", "weights", "evaluate", "throughput"),
-        *("terminal", "logs", "redaction", "perceptual", "duplicates", "rules"),
+        *("terminal", "logs", "redaction", "perceptual", "duplicates", "rules", "remedies"),
     },
     {
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "pace", "toyweb", "examples"),

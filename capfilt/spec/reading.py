@@ -89,7 +89,10 @@ def load_curate_spec(path: str | Path, overrides: Sequence[str] = ()) -> CurateS
     """
     spec = load_spec(path, overrides)
     if not isinstance(spec, CurateSpec):
-        raise SpecError(f"{path}: kind: this needs a `curate` spec, and it is a `{spec.kind}` spec")
+        raise SpecError(
+            f"{path}: kind: this needs a `curate` spec, and it is a `{spec.kind}` spec; name another "
+            "file (`capfilt check` takes every kind)"
+        )
     return spec
 
 
@@ -136,9 +139,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SpecError(f"{path}: no such file") from None
+        here = [str(file) for file in path.parent.glob("*.yaml")]
+        near = difflib.get_close_matches(str(path), here, n=1)
+        hint = f"did you mean {near[0]}?" if near else "a spec is a YAML file of yours, a card's path is relative to it"
+        raise SpecError(f"{path}: no such file; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: cannot be read: {error}") from error
+        raise SpecError(f"{path}: cannot be read: {error}; a spec or card is a text file, in UTF-8") from error
     except yaml.YAMLError as error:
         raise SpecError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
@@ -184,10 +190,17 @@ def _validated(what: Any, data: dict[str, Any], path: Path) -> Any:
     try:
         return TypeAdapter(what).validate_python(data, context={"base": path.parent})
     except ValidationError as error:
-        items = error.errors(include_url=False)
+        items = [item for item in error.errors(include_url=False) if not _follows(item, error)]
         secrets = [item for item in items if item["type"] == "secret"]  # first: others may repeat them
         lines = [_explain(item, what) for item in secrets or items]
         raise SpecError("\n".join(f"{path}: {line}" for line in dict.fromkeys(lines))) from None
+
+
+def _follows(item: Any, error: ValidationError) -> bool:
+    """Whether it says of a list that it is too short, because entries of it are wrong, which is said of each."""
+    depth = len(item["loc"])
+    others = (other["loc"] for other in error.errors(include_url=False) if len(other["loc"]) > depth)
+    return item["type"] == "too_short" and any(loc[:depth] == item["loc"] for loc in others)
 
 
 def models_in(annotation: Any) -> set[type[BaseModel]]:
@@ -217,15 +230,18 @@ def _explain(item: Any, what: Any) -> str:
     if of_kind(models, last) and not any(last in model.model_fields for model in models):
         last = ""  # the tag of a card that is wrong as a whole
     field = ".".join([*path, last]).removesuffix(".") if path else last
+    known = [model.model_fields[last] for model in models if last in model.model_fields]
+    meaning = f" ({known[0].description.rstrip('.')})" if known and known[0].description else ""
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(last, {name for model in models for name in model.model_fields}, n=1)
         return f"{field}: unknown field" + (f"; did you mean {near[0]}?" if near else "")
     if item["type"] == "missing":
-        return f"{field}: required"
+        return f"{field}: required{meaning}"
     message = "expected a list" if item["type"] == "tuple_type" else item["msg"].removeprefix("Value error, ")
     if item["type"] == "secret" or last.endswith("_options"):
         return f"{field}: {message}"  # the value may be the secret that was refused
-    return f"{field}: {message} (got {_short(item['input'])})"
+    said = f"{field}: {message} (got {_short(item['input'])})"
+    return said + meaning if item["type"] == "string_pattern_mismatch" else said  # a pattern alone tells few
 
 
 def _short(value: Any) -> str:
