@@ -209,8 +209,8 @@ def test_set_reaches_into_cards_and_reads_yaml(spec_file: Path) -> None:
         ("max_errors=1", "max_errors: unknown field; did you mean max_error_fraction?"),
         (
             "filters.0.checkpoint={hub: a/b, revision: main}",
-            "revision: String should match pattern '^[0-9a-f]{40}$' (got 'main') (Commit hash (40 hex digits): a branch or "
-            "tag can move)",
+            "revision: String should match pattern '^[0-9a-f]{40}$' (got 'main') (Commit hash (40 hex digits): a "
+            "branch or tag can move)",
         ),
         ("filters.0.checkpoint={hub: a/b}", "filters.0.checkpoint.revision: required (Commit hash (40 hex digits): a"),
         ("filters.0.thresholds.web=2", "filters.0.thresholds.web: Input should be less than or equal to 1 (got 2)"),
