@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, MutableMapping
 from contextlib import suppress
+from glob import iglob
 from pathlib import Path
 from textwrap import shorten
 from time import localtime, strftime
@@ -142,9 +143,11 @@ def _values(field: FieldPath, data: dict[str, Any], file: Path) -> Candidates:
 def _columns(data: Any, parent: str, base: Path) -> list[str]:
     """Columns of the first Parquet file of an input, by the path of its field `columns`."""
     for key in parent.split(".")[:-1]:
-        data = data[int(key)] if isinstance(data, list) else data.get(key) or {}
-    paths = data.get("paths") or ()
-    for path in [paths] if isinstance(paths, str) else paths:
+        data = data[int(key)] if isinstance(data, list) else data.get(key)
+        if not isinstance(data, (dict, list)):
+            return []
+    paths = data.get("paths")
+    for path in [paths] if isinstance(paths, str) else paths if isinstance(paths, list) else []:
         if "://" not in str(path) and (found := _first_file(base / str(path))):
             from pyarrow import ArrowException
             from pyarrow.parquet import read_schema
@@ -154,11 +157,10 @@ def _columns(data: Any, parent: str, base: Path) -> list[str]:
     return []
 
 
-def _first_file(path: Path) -> Path | None:
+def _first_file(path: Path) -> str | None:
     if path.is_file():
-        return path
-    where, pattern = (path, "*.parquet") if path.is_dir() else (path.parent, path.name)
-    return next(where.glob(pattern), None)
+        return str(path)
+    return next(iglob(str(path / "*.parquet" if path.is_dir() else path)), None)
 
 
 def _place(output: str) -> str:
@@ -180,11 +182,11 @@ def _commits(place: str, table: str) -> Candidates:
 
 def _spec(entry: os.DirEntry[str]) -> str | None:
     """A spec's kind; None of other files."""
-    if not entry.name.endswith((".yaml", ".yml")):
-        return None
-    with open(entry.path, encoding="utf-8", errors="replace") as file:
-        kind = _KIND.search(file.read(64 * 1024))
-    return kind[1] if kind else None
+    if entry.name.endswith((".yaml", ".yml")) and entry.is_file():
+        with suppress(PermissionError), open(entry.path, encoding="utf-8", errors="replace") as file:
+            kind = _KIND.search(file.read(64 * 1024))
+            return kind[1] if kind else None
+    return None
 
 
 def _dataset(entry: os.DirEntry[str]) -> str | None:

@@ -114,12 +114,17 @@ def test_values_that_are_known_are_offered(
         "capfilt run nowhere.yaml --set a",
         "capfilt run broken.yaml --set a",
         f"{SET}no.such.field=",
+        "capfilt run odd.yaml --set input.columns.image=",
+        "capfilt run odder.yaml --set input.columns.image=",
+        "capfilt run pipelines/mine.yaml --set input.columns.url=h",
         "capfilt run nowhere/",
     ],
 )
 def test_what_is_not_known_is_silence(place: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     monkeypatch.chdir(place)
     Path("broken.yaml").write_text("kind: [")
+    Path("odd.yaml").write_text("kind: curate\ninput: data\n")
+    Path("odder.yaml").write_text("kind: curate\ninput: {paths: 7}\ncaptioners: 7\nfilters: [7]\n")
     assert "".join(complete(line)) == ""
 
 
