@@ -139,9 +139,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        here = [str(file) for file in path.parent.glob("*.yaml")]
-        near = difflib.get_close_matches(str(path), here, n=1)
-        hint = f"did you mean {near[0]}?" if near else "a spec is a YAML file of yours, a card's path is relative to it"
+        here = [file.name for file in path.parent.glob("*.yaml")]
+        near = difflib.get_close_matches(path.name, here, n=1, cutoff=0.8)
+        hint = f"did you mean {path.parent / near[0]}?" if near else "a spec is a YAML file of yours, a card's path is relative to it"
         raise SpecError(f"{path}: no such file; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: cannot be read: {error}; a spec or card is a text file, in UTF-8") from error
