@@ -141,7 +141,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         here = [file.name for file in path.parent.glob("*.yaml")]
         near = difflib.get_close_matches(path.name, here, n=1, cutoff=0.8)
-        hint = f"did you mean {path.parent / near[0]}?" if near else "a spec is a YAML file of yours, a card's path is relative to it"
+        known = "a spec is a YAML file of yours, a card's path is relative to it"
+        hint = f"did you mean {path.parent / near[0]}?" if near else known
         raise SpecError(f"{path}: no such file; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SpecError(f"{path}: cannot be read: {error}; a spec or card is a text file, in UTF-8") from error
