@@ -731,7 +731,8 @@ class CuratedDataset:
         except (DeltaError, OSError) as error:
             newest = self._connect(table).version()
             raise DatasetError(
-                f"{self._uri(table)}: no version {version} to read; the newest is {newest} ({one_line(error)})"
+                f"{self._uri(table)}: no version {version} to read; the newest is {newest}, and `capfilt runs --json` "
+                f"lists those that runs left ({one_line(error)})"
             ) from error
 
     def _filesystem(self) -> tuple[Any, str]:

@@ -237,7 +237,9 @@ class ChangedRows:
         try:
             self._writer = pq.ParquetWriter(self._part, CHANGED_ROW, compression="zstd")
         except OSError as error:
-            raise DatasetError(f"{self._path}: cannot be written: {one_line(error)}") from error
+            raise DatasetError(
+                f"{self._path}: cannot be written: {one_line(error)}; name another file with --rows"
+            ) from error
         return self
 
     def write(self, rows: pa.Table) -> None:

@@ -238,10 +238,11 @@ def model_files(directory: Path) -> list[Path]:
     files = [*weight_files(directory), _config_file(directory)]
     if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise CheckpointError(
-            f"{directory}: neither preprocessor_config.json nor processor_config.json; the directory is incomplete"
+            f"{directory}: neither preprocessor_config.json nor processor_config.json; the directory is incomplete: "
+            "fetch it again"
         )
     if not any((directory / name).is_file() for name in _VOCABULARIES):
-        raise CheckpointError(f"{directory}: no tokenizer.json, nor another form of a vocabulary; it is incomplete")
+        raise CheckpointError(f"{directory}: no tokenizer.json, nor another form of a vocabulary; fetch it again")
     return files + [directory / name for name in PROCESSOR_FILES if (directory / name).is_file()]
 
 
@@ -253,7 +254,9 @@ def classifier_files(directory: Path) -> list[Path]:
     """
     found = [*weight_files(directory), *(directory / name for name in ("config.json", "preprocessor_config.json"))]
     if lost := [file for file in found if not file.is_file()]:
-        raise CheckpointError(f"{lost[0]}: no such file; an image classifier has config.json, weights and that")
+        raise CheckpointError(
+            f"{lost[0]}: no such file; an image classifier has config.json, weights and that: fetch it again"
+        )
     return found
 
 
@@ -284,7 +287,10 @@ def weight_files(directory: Path) -> list[Path]:
         first = directory / name
         if first.is_file():
             return [first, *_shards(first)] if name.endswith(".index.json") else [first]
-    raise CheckpointError(f"{directory}: no weights; expected model.safetensors (or {', '.join(_WEIGHTS[1:])})")
+    raise CheckpointError(
+        f"{directory}: no weights; expected model.safetensors (or {', '.join(_WEIGHTS[1:])}): fetch it again, or name "
+        "another directory"
+    )
 
 
 def _shards(index: Path) -> list[Path]:
@@ -292,10 +298,12 @@ def _shards(index: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         shards = [index.parent / name for name in names]
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index}: not an index of weight files: {error!r}") from error
+        raise CheckpointError(f"{index}: not an index of weight files: {error!r}; fetch it again") from error
     for shard in shards:
         if shard.parent != index.parent or not shard.is_file():
-            raise CheckpointError(f"{index}: names {shard.name}, which is not beside it; the download is incomplete")
+            raise CheckpointError(
+                f"{index}: names {shard.name}, which is not beside it; the download is incomplete: fetch it again"
+            )
     return shards
 
 

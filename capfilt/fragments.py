@@ -202,7 +202,9 @@ def _tar_footer(source: Any, file: InputFile, columns: Columns) -> Footer:
     try:
         index = tars.index(source, file.size, _names(layout.image))
     except tars.BrokenTarError as error:
-        raise InputError(f"{file.path}: not readable as a tar: {error}") from error
+        raise InputError(
+            f"{file.path}: not readable as a tar: {error}; pack it again, or take it out of the input"
+        ) from error
     if index.scattered is not None:
         raise InputError(
             f"{file.path}: the image and the text of {index.scattered[:200]!r} do not lie side by side, as "
@@ -217,7 +219,9 @@ def _stream_footer(source: Any, file: InputFile, columns: Columns) -> Footer:
     except (pa.ArrowException, OSError, EOFError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not Arrow's
             raise
-        raise InputError(f"{file.path}: not readable as Arrow: {one_line(error)}") from error
+        raise InputError(
+            f"{file.path}: not readable as Arrow: {one_line(error)}; write it again, or take it out of the input"
+        ) from error
     return Footer(recognise(stream.schema, columns, file.path), stream.rows, stream.offsets)
 
 

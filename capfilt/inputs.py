@@ -115,7 +115,9 @@ def _list_path(path: str, options: Mapping[str, Any]) -> dict[str, InputFile]:
     except InputError:
         raise
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file or directory") from None
+        raise InputError(
+            f"{path}: no such file or directory; name one that is there (in a spec, relative to the spec's file)"
+        ) from None
     except Exception as error:  # every store raises its own kinds
         raise InputError(f"{path}: cannot be listed: {one_line(error)}") from error
     return {file.path: file for file in files}
@@ -356,7 +358,8 @@ class Opened:
             self.__exit__()
             unread = self.failed or (isinstance(error, OSError) and error.errno is not None)
             what = "cannot be read" if unread or self._plain else "not readable as Parquet"
-            raise InputError(f"{self.path}: {what}: {one_line(error)}") from error
+            mend = "" if unread or self._plain else "; mend the file, or take it out of the input"
+            raise InputError(f"{self.path}: {what}: {one_line(error)}{mend}") from error
 
     def _open(self) -> int:
         """Open the handle; returns the buffer to read it with, in bytes."""

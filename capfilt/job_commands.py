@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from capfilt.arguments import Overrides, SpecFile
+from capfilt.arguments import CLUSTERS, Overrides, SpecFile, examples
+from capfilt.completion import environment_names
 from capfilt.submit import STOP_SECONDS, pack, prepare, runtime_env
 from capfilt.terminal import err, escaped, say
 
@@ -21,12 +22,19 @@ Address = Annotated[
     typer.Option(
         metavar="URL",
         envvar=["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"],
-        help="Of the cluster's job server: http://head:8265.",
+        help="Address of the cluster's job server: the head's dashboard, such as http://head:8265.",
     ),
 ]
-JobId = Annotated[str, typer.Argument(metavar="ID", help="As `capfilt submit` printed it.")]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="The job, as `capfilt submit` printed it.")]
+_ON = "--address http://head:8265"
 
-job_app = typer.Typer(help="Look at, follow or stop a run that was submitted to a cluster.", no_args_is_help=True)
+commands = typer.Typer()
+job_app = typer.Typer(
+    help="Look at, follow or stop a run that was submitted to a cluster.",
+    epilog=examples(f"capfilt job status ID {_ON}", f"capfilt job logs ID {_ON} --follow"),
+    no_args_is_help=True,
+)
+commands.add_typer(job_app, name="job", rich_help_panel=CLUSTERS)
 
 _MEANINGS = {
     0: "done",
@@ -40,32 +48,54 @@ _MEANINGS = {
 }
 
 
+@commands.command(
+    rich_help_panel=CLUSTERS,
+    epilog=examples(
+        f"capfilt submit pipelines/mine.yaml {_ON} --follow",
+        f"capfilt submit pipelines/mine.yaml {_ON} --env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY",
+        f"capfilt submit pipelines/mine.yaml {_ON} --shared /mnt/checkpoints --wheel capfilt-0.1.0-py3-none-any.whl",
+    ),
+)
 def submit(
     spec: SpecFile,
     address: Address,
     overrides: Overrides = None,
-    follow: Annotated[bool, typer.Option("--follow", help="Show its log, and exit with its exit code.")] = False,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Show its log until it has ended, and exit with its exit code.")
+    ] = False,
     env: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME", help="Give the job this environment variable, as it is set here. Repeatable."),
+        typer.Option(
+            metavar="NAME",
+            help="Give the job this environment variable, with its value here. Repeatable.",
+            autocompletion=environment_names,
+        ),
     ] = None,
     wheel: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Run this capfilt (a wheel) in place of the one that the cluster has."),
+        typer.Option(metavar="FILE", help="Run this capfilt (a wheel); the one that the cluster has if not given."),
     ] = None,
     pip: Annotated[
         Path | None,
         typer.Option(
             metavar="CONSTRAINTS",
-            help="Have pip install capfilt and what it needs on the nodes, at the versions of this file.",
+            help="Have pip install capfilt and what it needs on the nodes, at the versions of this file; nothing is "
+            "installed if not given.",
         ),
     ] = None,
     shared: Annotated[
         list[str] | None,
-        typer.Option(metavar="DIR", help="The cluster has this directory: do not send checkpoints in it. Repeatable."),
+        typer.Option(
+            metavar="DIR",
+            help="A directory that all nodes see under the same path: checkpoints in it are not sent. Repeatable.",
+        ),
     ] = None,
 ) -> None:
-    """Run a spec on a Ray cluster. The same command resumes a run that was lost with its cluster."""
+    """Run a spec on a Ray cluster. The same command resumes a run that was lost with its cluster.
+
+    Checks the spec here; sends it, and its local checkpoints up to 100 MiB. Data are never sent: local paths must be
+    on a disk that all nodes share. Exit code 0: submitted; with --follow, the run's own.
+    """
     from capfilt.pipelines.jobs import JobServer
 
     submission = prepare(spec, overrides or (), shared or ())
@@ -82,9 +112,9 @@ def submit(
     say(f"`capfilt job logs {job} --follow` shows its log, `capfilt job stop {job}` stops it")
 
 
-@job_app.command()
+@job_app.command(epilog=examples(f"capfilt job status ID {_ON}"))
 def status(job: JobId, address: Address) -> None:
-    """Say how a job stands."""
+    """Say how a job stands, when it began and ended, and with which exit code."""
     from capfilt.pipelines.jobs import JobServer
 
     state = JobServer(address).state(job)
@@ -97,12 +127,12 @@ def status(job: JobId, address: Address) -> None:
         say(state.message)
 
 
-@job_app.command()
+@job_app.command(epilog=examples(f"capfilt job logs ID {_ON} --follow"))
 def logs(
     job: JobId,
     address: Address,
     follow: Annotated[
-        bool, typer.Option("--follow", help="Until the job has ended; then exit with its exit code.")
+        bool, typer.Option("--follow", help="Go on until the job has ended, and exit with its exit code.")
     ] = False,
 ) -> None:
     """Show what a job has printed."""
@@ -114,11 +144,13 @@ def logs(
     _write(server.logs(job))
 
 
-@job_app.command()
+@job_app.command(epilog=examples(f"capfilt job stop ID {_ON}", f"capfilt job stop ID {_ON} --no-wait"))
 def stop(
     job: JobId,
     address: Address,
-    wait: Annotated[bool, typer.Option(help="For its end: a run commits what is finished first.")] = True,
+    wait: Annotated[
+        bool, typer.Option(help="Wait for its end: a run commits what is finished first, within ten minutes.")
+    ] = True,
 ) -> None:
     """Stop a job. Its run commits what is finished, and resumes when it is submitted again."""
     from capfilt.pipelines.jobs import JobServer

@@ -140,9 +140,12 @@ def _blamed(file: ListFile) -> Iterator[None]:
     except (InputError, MemoryError):
         raise
     except FileNotFoundError:
-        raise InputError(f"{file.path}: no such file") from None
+        raise InputError(f"{file.path}: no such file; it was listed a moment ago: run again") from None
     except Exception as error:  # every store raises its own kinds
-        raise InputError(f"{file.path}: not readable as {file.format}: {one_line(error)}") from error
+        raise InputError(
+            f"{file.path}: not readable as {file.format}: {one_line(error)}; mend it, or say what it is with "
+            "urls.format"
+        ) from error
 
 
 Tables = Generator[tuple[Columns, pa.Table], None, None]
@@ -186,7 +189,9 @@ def _parquet(file: ListFile, source: UrlList) -> Tables:
         for wanted in filter(None, (columns.url, columns.caption, columns.verify)):
             kind = parquet.schema_arrow.field(wanted).type
             if not _is_text(kind):
-                raise InputError(f"{file.path}: column {wanted} is {kind}; it must be of strings")
+                raise InputError(
+                    f"{file.path}: column {wanted} is {kind}; it must be of strings: write it so, or name another"
+                )
         yield columns, parquet.schema_arrow.empty_table()
         for batch in parquet.iter_batches(_BATCH, columns=columns.all):
             yield columns, pa.Table.from_batches([batch])
@@ -237,9 +242,11 @@ def _object(file: ListFile, number: int, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise InputError(f"{file.path}: line {number:,} is not JSON: {error}") from None
+        raise InputError(f"{file.path}: line {number:,} is not JSON: {error}; mend that line") from None
     if not isinstance(row, dict):
-        raise InputError(f'{file.path}: line {number:,} is not an object, as {{"url": ..., "caption": ...}}')
+        raise InputError(
+            f'{file.path}: line {number:,} is not an object, as {{"url": ..., "caption": ...}}; mend that line'
+        )
     return row
 
 

@@ -27,6 +27,7 @@ import fsspec
 from deltalake.exceptions import DeltaError
 
 from capfilt.errors import CapfiltError, DatasetError, StoreError
+from capfilt.remedies import remedy
 
 T = TypeVar("T")
 
@@ -148,9 +149,13 @@ def blamed(what: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's kind and text, on one line, without colours; of a long text not the middle, for causes come last."""
+    """The error's kind and text, on one line, without colours, and what can be done about it, where that is known.
+
+    Of a long text not the middle: causes come last.
+    """
     text = " ".join(re.sub(r"\x1b\[[0-9;]*m|↳", "", str(error)).split())
-    return f"{type(error).__name__}: {text if len(text) <= 500 else f'{text[:200]} ... {text[-300:]}'}"
+    said = f"{type(error).__name__}: {text if len(text) <= 500 else f'{text[:200]} ... {text[-300:]}'}"
+    return f"{said}; {what}" if (what := remedy(error)) else said
 
 
 # --- reaching a store ---

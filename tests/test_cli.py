@@ -96,7 +96,8 @@ def test_a_user_goes_through_every_command(spec: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["run", "nowhere.yaml"], 2, "nowhere.yaml: no such file"),
+        (["run", "nowhere.yaml"], 2, "nowhere.yaml: no such file; a spec is a YAML file"),
+        (["run", "rum.yaml"], 2, "rum.yaml: no such file; did you mean run.yaml?"),
         (["run", "run.yaml", "--set", "fragment_row=3"], 2, "did you mean fragment_rows?"),
         (["run", "run.yaml", "--set", "input.paths=[elsewhere]"], 1, "elsewhere: no such file or directory"),
         (["run", "run.yaml", "--set", "captioners.0.checkpoint.path=gone"], 1, "gone"),
@@ -251,17 +252,28 @@ def test_an_output_that_a_worker_cannot_write_names_the_place(spec: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("error", "line"),
+    ("error", "line", "hint"),
     [
         (
             "OSError(28, 'No space left on device', '/out')",
             "capfilt: OSError: [Errno 28] No space left on device: '/out'",
+            "what was finished is kept; free some room there and run again to resume",
         ),
-        ("deltalake.exceptions.DeltaError('the\\n\\x1b[31mstore')", "capfilt: DeltaError: the store"),
-        ("KeyError('a bug')", None),
+        (
+            "deltalake.exceptions.DeltaError('the\\n\\x1b[31mstore')",
+            "capfilt: DeltaError: the store",
+            "what was finished is kept; mend this and run again to resume",
+        ),
+        (
+            "MemoryError('40 GiB')",
+            "capfilt: MemoryError: 40 GiB",
+            "there is not enough memory; what was finished is kept: take fewer actors, a smaller batch_size or "
+            "fragment_rows, or a machine with more, and run again to resume",
+        ),
+        ("KeyError('a bug')", None, None),
     ],
 )
-def test_what_a_disk_or_a_store_raises_is_one_line(error: str, line: str | None) -> None:
+def test_what_a_disk_or_a_store_raises_is_one_line(error: str, line: str | None, hint: str | None) -> None:
     imports = "import deltalake.exceptions\nfrom capfilt.cli import app, main"
     code = f"{imports}\n@app.command()\ndef fail():\n    raise {error}"
     done = subprocess.run(
@@ -271,7 +283,7 @@ def test_what_a_disk_or_a_store_raises_is_one_line(error: str, line: str | None)
     if line is None:
         assert "Traceback" in done.stderr
     else:
-        assert done.stderr.splitlines() == [line, "what was finished is kept; mend this and run again to resume"]
+        assert done.stderr.splitlines() == [line, hint]
 
 
 def test_demo(spec: Path) -> None:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "capfilt"
 LAYERS = [
     {
         *("errors", "schema", "spec", "text", "decide", "fingerprints", "weights", "evaluate", "throughput"),
-        *("terminal", "logs", "redaction", "perceptual", "duplicates", "rules"),
+        *("terminal", "logs", "redaction", "perceptual", "duplicates", "rules", "remedies"),
     },
     {
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "pace", "toyweb", "examples"),
@@ -25,7 +25,10 @@ LAYERS = [
     },
     {"models"},
     {"pipelines"},
-    {"cli", "stage", "printing", "arguments", "job_commands", "last_words", "__main__"},
+    {
+        *("cli", "stage", "printing", "arguments", "completion", "check", "native_noise", "last_words", "__main__"),
+        *("run_commands", "dataset_commands", "job_commands", "toy_commands"),
+    },
 ]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 

@@ -88,7 +88,10 @@ def test_an_error_of_ours_comes_out_as_it_is(fragment: tuple[Job, Fragment], err
 def test_any_other_error_names_the_fragment_and_brings_its_traceback(fragment: tuple[Job, Fragment]) -> None:
     failure = process(*fragment, failing(ZeroDivisionError("a bug")))
     assert type(failure.error) is CapfiltError
-    assert str(failure.error) == f"a worker failed on {fragment[1].name}: ZeroDivisionError: a bug"
+    message = (
+        f"a worker failed on {fragment[1].name}: ZeroDivisionError: a bug. What was finished is kept; run again to "
+    )
+    assert str(failure.error) == f"{message}resume"
     (trace,) = failure.error.__notes__
     assert trace.startswith("Traceback (most recent call last)")
     assert "test_ray_worker.py" in trace

@@ -173,6 +173,12 @@ def test_a_spec_of_one_captioner_and_one_filter_is_told_of_the_lists(spec_file: 
         assert f"{role}: unknown field; did you mean {role}s?" in str(caught.value)
 
 
+def test_a_card_that_is_wrong_makes_no_second_line_about_its_list(spec_file: Path) -> None:
+    with pytest.raises(SpecError) as caught:
+        load_spec(spec_file, ["captioners.0.batchsize=1"])
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_set_reaches_into_cards_and_reads_yaml(spec_file: Path) -> None:
     spec = load_spec(spec_file, ["captioners.0.batch_size=3", "sampling.top_p=0.85", "thresholds.web=0.7"])
     assert spec.captioners[0].batch_size == 3
@@ -203,9 +209,10 @@ def test_set_reaches_into_cards_and_reads_yaml(spec_file: Path) -> None:
         ("max_errors=1", "max_errors: unknown field; did you mean max_error_fraction?"),
         (
             "filters.0.checkpoint={hub: a/b, revision: main}",
-            "filters.0.checkpoint.revision: String should match pattern",
+            "revision: String should match pattern '^[0-9a-f]{40}$' (got 'main') (Commit hash (40 hex digits): a "
+            "branch or tag can move)",
         ),
-        ("filters.0.checkpoint={hub: a/b}", "filters.0.checkpoint.revision: required"),
+        ("filters.0.checkpoint={hub: a/b}", "filters.0.checkpoint.revision: required (Commit hash (40 hex digits): a"),
         ("filters.0.thresholds.web=2", "filters.0.thresholds.web: Input should be less than or equal to 1 (got 2)"),
         ("fragment_rows=0", "fragment_rows: Input should be greater than or equal to 1 (got 0)"),
         ("captioners.0.placement={min_actors: 3, max_actors: 2}", "min_actors (3) is above max_actors (2)"),

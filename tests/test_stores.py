@@ -162,7 +162,9 @@ def test_blame_names_the_place_the_cause_and_the_next_step() -> None:
         "mend the cause, if it does not pass, and run again to resume"
     )
     with (
-        pytest.raises(StoreError, match=r"begin: OSError: GET http://s/(a+) \.\.\. a+ 403 Forbidden\. What"),
+        pytest.raises(
+            StoreError, match=r"begin: OSError: GET http://s/(a+) \.\.\. a+ 403 Forbidden; check .* there\. What"
+        ),
         blamed("begin"),
     ):
         raise OSError(f"GET http://s/{'a' * 1000} 403 Forbidden")

@@ -20,7 +20,8 @@ from stubs import load_hash
 from test_recurate import Stop, dying_after, no_models, other_filter, run, scratch, spoil, tables
 from typer.testing import CliRunner
 
-from capfilt.cli import _checked, app
+from capfilt.check import look
+from capfilt.cli import app
 from capfilt.dataset import DIRECTORIES, CuratedDataset
 from capfilt.errors import DatasetError, InputError, SpecError
 from capfilt.fingerprints import run_fingerprints
@@ -427,7 +428,7 @@ def test_a_plan_says_what_a_list_would_do(make_spec: MakeSpec, web: Path, tmp_pa
     assert "curate 2 shards: rows were withdrawn" in said.output
     assert "withdraw 5 rows of 2 shards that are in the dataset" in said.output
     assert "leave 1 shards: up to date" in said.output
-    assert "withdrawn: 6 URLs, 0 keys" in itertools.islice(_checked(spec), 3)
+    assert "withdrawn: 6 URLs, 0 keys" in itertools.islice(look(spec), 3)
     assert digest("url", "a") != digest("key", "a")
 
 

@@ -134,7 +134,7 @@ def load(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
         with torch.device("meta"):
             network = kind(config).to(DTYPES[card.dtype])
     except CheckpointError as error:
-        raise CheckpointError(f"{directory}: {error}") from None
+        raise CheckpointError(f"{directory}: {error}; name another checkpoint") from None
     if torch.device(device).type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape anew, in every thread
     materialise(network, device)
@@ -238,7 +238,9 @@ def _config(directory: Path) -> BlipConfig:
         with quiet():
             return BlipConfig.from_pretrained(directory, local_files_only=True)
     except Exception as error:
-        raise CheckpointError(f"{file}: transformers cannot read it: {error}") from error
+        raise CheckpointError(
+            f"{file}: transformers cannot read it: {error}; fetch it again, or name another"
+        ) from error
 
 
 def read_weights(directory: Path, allow_pickle: bool = False) -> dict[str, Tensor]:
@@ -281,7 +283,7 @@ def read_pickle(file: Path) -> Any:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        raise CheckpointError(f"{file}: the weights do not load: {error}") from error
+        raise CheckpointError(f"{file}: the weights do not load: {error}; fetch it again, or name another") from error
 
 
 def weights_in(content: Any, file: Path) -> dict[str, Tensor]:
@@ -291,7 +293,7 @@ def weights_in(content: Any, file: Path) -> dict[str, Tensor]:
         CheckpointError: it is not.
     """
     if not isinstance(content, dict) or not all(isinstance(weight, Tensor) for weight in content.values()):
-        raise CheckpointError(f"{file}: the weights do not load: expected tensors by name")
+        raise CheckpointError(f"{file}: the weights do not load: expected tensors by name; name another checkpoint")
     return content
 
 

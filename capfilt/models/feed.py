@@ -132,7 +132,9 @@ class Feed:
                     last = place.epoch if last is None else last
                     if place.epoch > last + 1:
                         found = ", ".join(f"{reason} {rows:,}" for reason, rows in self.passed_over.most_common())
-                        raise TrainingError(f"data: a whole epoch holds no pair that can be used. Rows: {found}")
+                        raise TrainingError(
+                            f"data: a whole epoch holds no pair that can be used. Rows: {found}; give others"
+                        )
                 if len(batch) == self._batch_size:
                     yield self._collated(batch), place
                     batch = []

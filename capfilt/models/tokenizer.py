@@ -33,7 +33,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
             file = directory / "vocab.txt"
             tokenizer = bert_tokenizer(models.WordPiece.read_file(str(file)))
     except Exception as error:
-        raise CheckpointError(f"{file}: not a tokenizer: {error}") from error
+        raise CheckpointError(f"{file}: not a tokenizer: {error}; fetch it again, or name another") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True

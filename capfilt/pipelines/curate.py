@@ -578,7 +578,10 @@ class _Driver:
         self._commit()
         if self._receipts:
             paths = [self._paths[shard] for shard in itertools.islice(self._receipts, 3)]
-            raise CapfiltError(f"{len(self._receipts)} shards are incomplete though every fragment ended: {paths}")
+            raise CapfiltError(
+                f"{len(self._receipts)} shards are incomplete though every fragment ended: {paths}. What is "
+                "committed stays; this is a bug of capfilt, run again to resume"
+            )
 
 
 @dataclass(frozen=True)
@@ -636,7 +639,7 @@ def _run_tasks(job: Job, units: Iterator[Redecision]) -> Iterator[list[Receipt]]
     try:
         yield from run_tasks(job, units)
     except ray.exceptions.RayError as error:
-        raise CapfiltError(f"Ray failed: {error}") from error
+        raise CapfiltError(f"Ray failed: {error}\nWhat is committed stays; run again to resume") from error
 
 
 def _check_capacity(spec: CurateSpec) -> None:
@@ -697,6 +700,6 @@ def _run_window(job: Job, window: list[Fragment], load: LoadModels) -> Iterator[
                     raise result.error
                 yield result
     except ray.exceptions.RayError as error:
-        raise CapfiltError(f"Ray failed: {error}") from error
+        raise CapfiltError(f"Ray failed: {error}\nWhat is committed stays; run again to resume") from error
     finally:
         ray.kill(attempts)

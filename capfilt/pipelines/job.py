@@ -220,6 +220,11 @@ class Failure:
         """Of what a worker raised on the fragment of this name; called while it is handled."""
         if isinstance(error, CapfiltError):  # says itself what is wrong
             return cls(error)
-        failure = cls(CapfiltError(f"a worker failed on {name}: {type(error).__name__}: {error}"))
+        failure = cls(
+            CapfiltError(
+                f"a worker failed on {name}: {type(error).__name__}: {error}. What was finished is kept; run "
+                "again to resume"
+            )
+        )
         failure.error.add_note(traceback.format_exc())
         return failure

@@ -176,7 +176,10 @@ def on_ray(spec: IngestSpec, next_task: NextTask) -> Generator[tuple[Task, Outco
                 try:
                     outcome: Outcome = ray.get(reference)
                 except RayTaskError as error:
-                    raise CapfiltError(f"a Ray worker failed on {task.shard.name}: {error}") from error
+                    raise CapfiltError(
+                        f"a Ray worker failed on {task.shard.name}: {error}\nWhat was fetched is kept; run again to "
+                        "resume"
+                    ) from error
                 except RayError:  # its process or node died
                     outcome = Died
                 yield task, outcome

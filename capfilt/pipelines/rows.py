@@ -79,7 +79,10 @@ def rank_rows(
         with closing(_read([group for _, group in window], data.sources)) as read:
             for (start, group), pairs in zip(window, read, strict=True):
                 if len(pairs) != group.rows:
-                    raise TrainingError(f"{group.parts[0].url}: {len(pairs)} rows where its footer promised others")
+                    raise TrainingError(
+                        f"{group.parts[0].url}: {len(pairs)} rows where its footer promised others; write the file "
+                        "again, or take it out of data"
+                    )
                 for number, pair in enumerate(pairs, start.row + 1):
                     here = Place(group.epoch, number)
                     good += pair is not None

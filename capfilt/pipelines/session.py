@@ -87,7 +87,12 @@ def connected(settings: Ray, cpus: int | None = None) -> Iterator[None]:
                 logging_level="ERROR",
                 **(_local(settings, cpus) if local else {}),
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            if local:
+                raise CapfiltError(
+                    f"Ray does not start on this machine: {error}. Is there room in /dev/shm and /tmp? Its logs are in "
+                    "/tmp/ray/session_latest/logs"
+                ) from error
             raise CapfiltError(
                 f"ray.address {settings.address}: no Ray there ({error}). Start one (`ray start --head`), or set "
                 "ray.address=local"

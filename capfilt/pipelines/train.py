@@ -247,7 +247,10 @@ def _fit_on_ray_train(task: Task) -> None:
         _raise_left(failure)
     except ray.train.TrainingFailedError as error:
         _raise_left(failure)  # with no retry left, no worker came to say it
-        raise TrainingError(f"training failed after {workers.retries} retries: {error}") from error
+        raise TrainingError(
+            f"training failed after {workers.retries} retries: {error}\nMend the cause and run the same again: it "
+            "resumes from its newest state"
+        ) from error
     finally:
         failure.unlink(missing_ok=True)
         shutil.rmtree(output / "ray", ignore_errors=True)

@@ -33,7 +33,7 @@ RunSpec = (
 )
 """One spec for each kind of run."""
 
-_KINDS: dict[str, type[RunSpec]] = {
+KINDS: dict[str, type[RunSpec]] = {
     "curate": CurateSpec,
     "pretrain": PretrainSpec,
     "finetune-captioner": FinetuneCaptionerSpec,
@@ -63,29 +63,22 @@ def load_spec(path: str | Path, overrides: Sequence[str] = ()) -> RunSpec:
         SpecError: naming the file and each field that is wrong, with the nearest known name for an unknown key.
     """
     path = Path(path)
-    data = _read_yaml(path)
+    data = read_yaml(path)
     for override in overrides:
         _assign(data, override, path.parent)
-    for field in _CARDS:
-        _open_card(data, field, path.parent)
-    for field in _CARD_LISTS:
-        if isinstance(cards := data.get(field), list):
-            for number in range(len(cards)):
-                _open_card(cards, number, path.parent)
-    if isinstance(kept_out := data.get("keep_out"), dict):
-        _open_card(kept_out, "classifier", path.parent)
+    open_cards(data, path.parent)
     spec: RunSpec = _validated(_kind(data, path), data, path)
     return spec
 
 
 def _kind(data: Mapping[str, Any], path: Path) -> type[RunSpec]:
     kind = data.get("kind")
-    if isinstance(kind, str) and kind in _KINDS:
-        return _KINDS[kind]
-    near = difflib.get_close_matches(str(kind), _KINDS, n=1)
+    if isinstance(kind, str) and kind in KINDS:
+        return KINDS[kind]
+    near = difflib.get_close_matches(str(kind), KINDS, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     found = f"{_short(kind)} is not one of" if "kind" in data else "required: one of"
-    raise SpecError(f"{path}: kind: {found} {', '.join(_KINDS)}{hint}")
+    raise SpecError(f"{path}: kind: {found} {', '.join(KINDS)}{hint}")
 
 
 def load_curate_spec(path: str | Path, overrides: Sequence[str] = ()) -> CurateSpec:
@@ -96,7 +89,10 @@ def load_curate_spec(path: str | Path, overrides: Sequence[str] = ()) -> CurateS
     """
     spec = load_spec(path, overrides)
     if not isinstance(spec, CurateSpec):
-        raise SpecError(f"{path}: kind: this needs a `curate` spec, and it is a `{spec.kind}` spec")
+        raise SpecError(
+            f"{path}: kind: this needs a `curate` spec, and it is a `{spec.kind}` spec; name another "
+            "file (`capfilt check` takes every kind)"
+        )
     return spec
 
 
@@ -106,8 +102,20 @@ def load_card(path: str | Path) -> AnyCard:
     Raises:
         SpecError: as :func:`load_spec`.
     """
-    card: AnyCard = _validated(ModelCard, _read_yaml(Path(path)), Path(path))
+    card: AnyCard = _validated(ModelCard, read_yaml(Path(path)), Path(path))
     return card
+
+
+def open_cards(data: dict[str, Any], base: Path) -> None:
+    """Put the raw fields of every card that a spec names by path in the path's place."""
+    for field in _CARDS:
+        _open_card(data, field, base)
+    for field in _CARD_LISTS:
+        if isinstance(cards := data.get(field), list):
+            for number in range(len(cards)):
+                _open_card(cards, number, base)
+    if isinstance(kept_out := data.get("keep_out"), dict):
+        _open_card(kept_out, "classifier", base)
 
 
 def _open_card(holder: Any, key: str | int, base: Path) -> None:
@@ -120,20 +128,24 @@ def _open_card(holder: Any, key: str | int, base: Path) -> None:
     if not isinstance(named, str):
         return
     path = Path(absolute(named, base))
-    card = _read_yaml(path)
+    card = read_yaml(path)
     checkpoint = card.get("checkpoint")
     if isinstance(checkpoint, dict) and isinstance(checkpoint.get("path"), str):
         card["checkpoint"] = {**checkpoint, "path": absolute(checkpoint["path"], path.parent)}
     holder[key] = card
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise SpecError(f"{path}: no such file") from None
+        here = [file.name for file in path.parent.glob("*.yaml")]
+        near = difflib.get_close_matches(path.name, here, n=1, cutoff=0.8)
+        known = "a spec is a YAML file of yours, a card's path is relative to it"
+        hint = f"did you mean {path.parent / near[0]}?" if near else known
+        raise SpecError(f"{path}: no such file; {hint}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path}: cannot be read: {error}") from error
+        raise SpecError(f"{path}: cannot be read: {error}; a spec or card is a text file, in UTF-8") from error
     except yaml.YAMLError as error:
         raise SpecError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(data, dict):
@@ -179,20 +191,27 @@ def _validated(what: Any, data: dict[str, Any], path: Path) -> Any:
     try:
         return TypeAdapter(what).validate_python(data, context={"base": path.parent})
     except ValidationError as error:
-        items = error.errors(include_url=False)
+        items = [item for item in error.errors(include_url=False) if not _follows(item, error)]
         secrets = [item for item in items if item["type"] == "secret"]  # first: others may repeat them
         lines = [_explain(item, what) for item in secrets or items]
         raise SpecError("\n".join(f"{path}: {line}" for line in dict.fromkeys(lines))) from None
 
 
-def _models(annotation: Any) -> set[type[BaseModel]]:
+def _follows(item: Any, error: ValidationError) -> bool:
+    """Whether it says of a list that it is too short, because entries of it are wrong, which is said of each."""
+    depth = len(item["loc"])
+    others = (other["loc"] for other in error.errors(include_url=False) if len(other["loc"]) > depth)
+    return item["type"] == "too_short" and any(loc[:depth] == item["loc"] for loc in others)
+
+
+def models_in(annotation: Any) -> set[type[BaseModel]]:
     """The models an annotation mentions, through unions, containers and Annotated."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return {annotation}
-    return {model for inner in get_args(annotation) for model in _models(inner)}
+    return {model for inner in get_args(annotation) for model in models_in(inner)}
 
 
-def _of_kind(models: set[type[BaseModel]], tag: Any) -> set[type[BaseModel]]:
+def of_kind(models: set[type[BaseModel]], tag: Any) -> set[type[BaseModel]]:
     """Those of the models whose field `model` may hold the tag: the cards of a kind."""
     fields = {model: model.model_fields.get("model") for model in models}
     return {model for model, field in fields.items() if field and tag in get_args(field.annotation)}
@@ -200,27 +219,30 @@ def _of_kind(models: set[type[BaseModel]], tag: Any) -> set[type[BaseModel]]:
 
 def _explain(item: Any, what: Any) -> str:
     """One line for one pydantic error: the field's path, what is wrong and, for an unknown key, the nearest name."""
-    models, path = _models(what), []
+    models, path = models_in(what), []
     for part, following in itertools.pairwise(item["loc"]):
         fields = [model.model_fields[part] for model in models if part in model.model_fields]
-        inner = {model for field in fields for model in _models(field.annotation)}
+        inner = {model for field in fields for model in models_in(field.annotation)}
         if inner or isinstance(part, int) or (fields and isinstance(following, int)):
             path.append(str(part))
         # a union's tag in the location is no field, though it may be named as one
-        models = inner or _of_kind(models, part) or models
+        models = inner or of_kind(models, part) or models
     last = str(item["loc"][-1]) if item["loc"] else ""
-    if _of_kind(models, last) and not any(last in model.model_fields for model in models):
+    if of_kind(models, last) and not any(last in model.model_fields for model in models):
         last = ""  # the tag of a card that is wrong as a whole
     field = ".".join([*path, last]).removesuffix(".") if path else last
+    known = [model.model_fields[last] for model in models if last in model.model_fields]
+    meaning = f" ({known[0].description.rstrip('.')})" if known and known[0].description else ""
     if item["type"] == "extra_forbidden":
         near = difflib.get_close_matches(last, {name for model in models for name in model.model_fields}, n=1)
         return f"{field}: unknown field" + (f"; did you mean {near[0]}?" if near else "")
     if item["type"] == "missing":
-        return f"{field}: required"
+        return f"{field}: required{meaning}"
     message = "expected a list" if item["type"] == "tuple_type" else item["msg"].removeprefix("Value error, ")
     if item["type"] == "secret" or last.endswith("_options"):
         return f"{field}: {message}"  # the value may be the secret that was refused
-    return f"{field}: {message} (got {_short(item['input'])})"
+    said = f"{field}: {message} (got {_short(item['input'])})"
+    return said + meaning if item["type"] == "string_pattern_mismatch" else said  # a pattern alone tells few
 
 
 def _short(value: Any) -> str:
