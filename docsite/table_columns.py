@@ -1,4 +1,4 @@
-"""The tables' columns and the reasons: names and types from capfilt/schema.py, meanings from the comments beside them."""
+"""The tables' columns and the reasons: names and types from capfilt/schema.py, meanings from its comments."""
 
 from __future__ import annotations
 
