@@ -32,7 +32,7 @@ DOCUMENTS = {
 }
 """Of the repository, and the page that each becomes."""
 
-_PAGES = {"README.md": "index.md", "docs": "index.md", **DOCUMENTS}
+_PAGES = {"README.md": "index.md", "docs": "index.md", "README.md#numbers": "benchmarks.md", **DOCUMENTS}
 """Where links to these lead."""
 
 _MARK = re.compile(r"^<!-- reference: ([\w-]+) -->$", re.MULTILINE)
@@ -52,8 +52,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Fill in the reference, and lead links to where their files are on the site."""
     uri = page.file.src_uri
     document = next((name for name, own in DOCUMENTS.items() if own == uri), f"docs/{uri}")
+    if uri == "benchmarks.md":
+        markdown += "\n" + _section((ROOT / "README.md").read_text(), "## Numbers")
     markdown = linked(markdown, document, uri, str(config.extra["source"]), {file.src_uri for file in files})
-    return _MARK.sub(lambda mark: reference.PARTS[mark[1]](), markdown)
+    made = '<div class="reference" markdown>\n\n{}\n\n</div>'
+    return _MARK.sub(lambda mark: made.format(reference.PARTS[mark[1]]()), markdown)
 
 
 def linked(markdown: str, document: str, uri: str, source: str, pages: set[str]) -> str:
@@ -72,7 +75,7 @@ def linked(markdown: str, document: str, uri: str, source: str, pages: set[str])
         if re.match(r"[\w+.-]+:", target):
             return link[0]
         path = posixpath.normpath(posixpath.join(posixpath.dirname(document), target))
-        page = _PAGES.get(path, path.removeprefix("docs/"))
+        page = _PAGES.get(path + anchor) or _PAGES.get(path, path.removeprefix("docs/"))
         if page in pages and (path in _PAGES or path.startswith("docs/")):
             return posixpath.relpath(page, here or ".") + anchor
         if path.startswith("..") or not (ROOT / path).exists():
@@ -80,3 +83,9 @@ def linked(markdown: str, document: str, uri: str, source: str, pages: set[str])
         return f"{source}/{'tree' if (ROOT / path).is_dir() else 'blob'}/main/{path}{anchor}"
 
     return outside_code(markdown, lambda text: _LINK.sub(lead, text))
+
+
+def _section(markdown: str, heading: str) -> str:
+    """A section of second level, with its heading."""
+    (section,) = re.findall(rf"^{re.escape(heading)}$.*?(?=^## |\Z)", markdown, re.MULTILINE | re.DOTALL)
+    return str(section)
