@@ -166,7 +166,7 @@ def follow(folder: Path) -> Iterator[tuple[Block, str]]:
     ports = _free_ports()
     shell = Shell(here)
     try:
-        printed = ""
+        printed = version = ""
         for block in blocks():
             text = re.sub("|".join(PORTS), lambda port: ports[port[0]], block.text)
             if block.kind == "text":
@@ -175,8 +175,12 @@ def follow(folder: Path) -> Iterator[tuple[Block, str]]:
                 (here / block.file).write_text(text)
             elif block.hand == "mark":
                 printed = mark(text, shell, here)
+            elif block.hand == "version":
+                printed = shell.run(re.sub(r"\d+$", version, text.rstrip()))
             elif block.hand is None:
                 printed = shell.run(text)
+                if status := re.search(r"versions annotations (\d+)", printed):
+                    version = status[1]
     finally:
         shell.close()
 
@@ -185,7 +189,7 @@ def test_the_page_is_read_as_it_is_meant() -> None:
     found = blocks()
     assert {block.kind for block in found} == {"sh", "text", "yaml", "python"}
     assert all((block.file is not None) == (block.kind in ("yaml", "python")) for block in found)
-    assert [block.hand for block in found if block.hand] == ["install", "mark"]
+    assert [block.hand for block in found if block.hand] == ["install", "mark", "version"]
     assert all(before.kind == "sh" for before, block in pairwise(found) if block.kind == "text")
     assert TUTORIAL.read_text().count("```") == 2 * len(found), "a block that the test does not see"
 
