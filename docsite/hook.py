@@ -59,6 +59,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return _MARK.sub(lambda mark: made.format(reference.PARTS[mark[1]]()), markdown)
 
 
+def on_page_content(html: str, **_: object) -> str:
+    """Leave out what says in docstrings of what kind a name is (`:func:`)."""
+    return re.sub(r":(?:func|class|meth|mod):(?=<code>)", "", html)
+
+
 def linked(markdown: str, document: str, uri: str, source: str, pages: set[str]) -> str:
     """Markdown whose relative links lead to pages of the site, or to the repository.
 
