@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import get_args
@@ -23,7 +24,9 @@ def commands() -> str:
     """Every command, as its `--help` has it."""
     command = get_command(app)
     docs = get_docs_for_click(obj=command, ctx=typer.Context(command), name="capfilt")
-    return outside_code(docs[docs.index("\n## ") :], lambda text: text.replace("<", "&lt;"))
+    prose = re.compile(r"^(?! {4}).*$", re.MULTILINE)  # what is indented is code, too
+    escaped = partial(prose.sub, lambda line: line[0].replace("<", "&lt;"))
+    return outside_code(docs[docs.index("\n## ") :], escaped)
 
 
 def exit_codes() -> str:
