@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -49,7 +50,7 @@ def _sections(model: Schema, root: Schema, path: str, level: int, own: str = "")
         own: in front of anchors, where several models share a page.
     """
     if "description" in model:
-        yield "\n\n".join(map(cell, model["description"].split("\n\n")))
+        yield _linked("\n\n".join(map(cell, model["description"].split("\n\n"))))
     required = set(model.get("required", ()))
     rows, inner = ["| field | type | default | |", "|---|---|---|---|"], []
     for name, field in sorted(model["properties"].items(), key=lambda item: item[0] not in ("kind", "role")):
@@ -58,7 +59,7 @@ def _sections(model: Schema, root: Schema, path: str, level: int, own: str = "")
         several = len(held) > 1
         anchors = {one: _anchor(own, full, one if several else "") for one in held}
         default = "**required**" if name in required else _default(field, bool(held))
-        meaning = cell(_meaning(field, held, root))
+        meaning = _linked(cell(_meaning(field, held, root)))
         place = "" if len(held) == 1 else f'<a id="{_anchor(own, full)}"></a>'  # else its section is that
         rows.append(f"| {place}`{name}` | {_type(field, root, anchors)} | {default} | {meaning} |")
         inner += [(f"`{full}`{f': {one}' if several else ''}", one, full, anchor) for one, anchor in anchors.items()]
@@ -66,6 +67,11 @@ def _sections(model: Schema, root: Schema, path: str, level: int, own: str = "")
     for heading, one, full, anchor in inner:
         yield f"{'#' * min(level, 6)} {heading} {{#{anchor}}}"
         yield from _sections(root["$defs"][one], root, full, level + 1, own)
+
+
+def _linked(text: str) -> str:
+    """With links to the pages that it names."""
+    return re.sub(r"docs/([\w-]+\.md)", r"[\1](../\1)", text)
 
 
 def _anchor(*parts: str) -> str:
