@@ -101,7 +101,9 @@ def _type(field: Schema, root: Schema, anchors: Mapping[str, str]) -> str:
     """In words, with bounds; models are links to where they stand."""
     if "$ref" in field:
         name = field["$ref"].rpartition("/")[2]
-        return f"[{name}](cards.md#{name.lower()})" if name in _CARD_NAMES else f"[mapping](#{anchors[name]})"
+        if name in _CARD_NAMES:
+            return f"[{name}](cards.md#{name.lower()})"
+        return f"[mapping](#{anchors[name]})" if name in anchors else _type(root["$defs"][name], root, anchors)
     if union := field.get("anyOf") or field.get("oneOf"):
         types = list(dict.fromkeys(_type(one, root, anchors) for one in union))
         return (", or " if any(", " in one for one in types) else " or ").join(types)
