@@ -84,39 +84,44 @@ SCORE_STRUCT = pa.struct(
 
 TEXT_STRUCT = pa.struct(
     [
-        pa.field("source", pa.string()),  # Source
+        pa.field("source", pa.string()),  # Source: "web" or "synthetic"
         pa.field("captioner", pa.string()),  # name of the model card, null for web
         pa.field("candidate", pa.int32()),  # 0 for web; 0..k-1 for each captioner
         pa.field("text", pa.string()),  # as it came; clean-up is applied for scoring only
         pa.field("itm", pa.float32()),  # mean of the filters', null where not scored
         pa.field("itc", pa.float32()),  # mean of those of the filters that give one, null where none does
         pa.field("scores", pa.list_(SCORE_STRUCT)),  # of each filter, in the spec's order; empty where not scored
-        pa.field("kept", pa.bool_()),
+        pa.field("kept", pa.bool_()),  # whether it is among the pair's captions
         pa.field("reason", pa.string()),  # Reason, null where kept
     ]
 )
 
-ROW_STRUCT = pa.struct([pa.field("shard", pa.string()), pa.field("row", pa.int64())])
+ROW_STRUCT = pa.struct(
+    [
+        pa.field("shard", pa.string()),  # that row's
+        pa.field("row", pa.int64()),  # that row's
+    ]
+)
 
 CAPTION_STRUCT = pa.struct(
     [
-        pa.field("text", pa.string()),
-        pa.field("source", pa.string()),
-        pa.field("captioner", pa.string()),
-        pa.field("itm", pa.float32()),
+        pa.field("text", pa.string()),  # as in the annotations, as are the others
+        pa.field("source", pa.string()),  # Source: "web" or "synthetic"
+        pa.field("captioner", pa.string()),  # name of the model card, null for web
+        pa.field("itm", pa.float32()),  # mean of the filters'
     ]
 )
 
 _IDENTITY = [
     pa.field("row", pa.int64()),  # position in the input file, from 0
-    pa.field("key", pa.string()),
-    pa.field("url", pa.string()),
+    pa.field("key", pa.string()),  # as the input has it; not unique
+    pa.field("url", pa.string()),  # as the input has it; not unique
 ]
 
 _PICTURE = [
     pa.field("format", pa.string()),  # "JPEG", "PNG", ... as the bytes say, not the file name
     pa.field("width", pa.int32()),  # pixels, EXIF orientation applied
-    pa.field("height", pa.int32()),
+    pa.field("height", pa.int32()),  # likewise
     pa.field("image_sha256", pa.string()),  # hex, of the bytes as they came
 ]
 
@@ -126,15 +131,15 @@ ANNOTATION_FILE_SCHEMA = pa.schema(
         *_PICTURE,
         pa.field("image_bytes", pa.int64()),  # encoded size, null without an image
         pa.field("source_sha256", pa.string()),  # what the input says (img2dataset: of the download)
-        pa.field("status", pa.string()),  # Status
+        pa.field("status", pa.string()),  # Status: "kept", "dropped" or "error"
         pa.field("reason", pa.string()),  # Reason, null where kept
         pa.field("detail", pa.string()),  # of an error, one line for a person; null unless an error
         pa.field("note", pa.string()),  # what the input says of a missing image; of a withdrawn row, its digests
         pa.field("texts", pa.list_(TEXT_STRUCT)),  # every text: web first, then each captioner's candidates, in order
-        pa.field("seed", pa.int64()),
-        pa.field("caption_fingerprint", pa.string()),
-        pa.field("score_fingerprint", pa.string()),
-        pa.field("decide_fingerprint", pa.string()),
+        pa.field("seed", pa.int64()),  # of the captions
+        pa.field("caption_fingerprint", pa.string()),  # what the captions depend on besides the image
+        pa.field("score_fingerprint", pa.string()),  # and the scores
+        pa.field("decide_fingerprint", pa.string()),  # and the decisions
         pa.field("input_id", pa.string()),  # content identity of the input file
         pa.field("run", pa.string()),  # id of the run that wrote the row; see _runs/
         # New columns come after PROVENANCE: a Delta log has statistics of a table's first 32 leaf columns only.
@@ -152,18 +157,18 @@ PAIR_FILE_SCHEMA = pa.schema(
         pa.field("image", pa.binary()),  # as it came, never re-encoded
         pa.field("text", pa.string()),  # the kept text with the highest ITM score
         pa.field("captions", pa.list_(CAPTION_STRUCT)),  # every kept text
-        pa.field("run", pa.string()),
+        pa.field("run", pa.string()),  # id of the run that wrote the row
     ]
 )
 
 QUARANTINE_FILE_SCHEMA = pa.schema(
     [
         *_IDENTITY,
-        pa.field("reason", pa.string()),
-        pa.field("detail", pa.string()),
+        pa.field("reason", pa.string()),  # Reason, of a row in error
+        pa.field("detail", pa.string()),  # what was wrong, one line for a person
         pa.field("image_bytes", pa.int64()),  # size before the cap
         pa.field("image", pa.binary()),  # at most images.quarantine_bytes of it
-        pa.field("run", pa.string()),
+        pa.field("run", pa.string()),  # id of the run that wrote the row
     ]
 )
 

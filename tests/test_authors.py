@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from transformers import BlipConfig, BlipTextConfig, BlipVisionConfig
 from capfilt.errors import CheckpointError
 from capfilt.models.authors import fill_from, read
 from capfilt.models.blip import CaptioningNetwork, RetrievalNetwork
+from capfilt.models.checkpoints import load
+from capfilt.models.tiny import write_tiny_pair
+from capfilt.spec import CaptionerCard, LocalCheckpoint
 
 WORDS, TEXT, VISION, JOINT, POSITIONS = 21, 12, 8, 6, 10
 
@@ -218,6 +222,46 @@ def test_positions_of_another_grid_are_interpolated(tmp_path: Path) -> None:
 def test_weights_alone_are_enough(tmp_path: Path) -> None:
     torch.save(captioning(), tmp_path / "model.pth")
     fill_from(CaptioningNetwork(config()), tmp_path / "model.pth")
+
+
+def test_the_recipe_of_the_documentation_makes_a_checkpoint_that_loads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/checkpoints.md, with a tiny checkpoint in place of the published one."""
+    page = (Path(__file__).parent.parent / "docs" / "checkpoints.md").read_text()
+    (recipe,) = re.findall(r"^<!-- tested: pth -->\n```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    base, _ = write_tiny_pair(tmp_path / "pair")
+    (tmp_path / "checkpoints").mkdir()
+    base.rename(tmp_path / "checkpoints" / "blip-image-captioning-base")
+    own = CaptioningNetwork(BlipConfig.from_pretrained("checkpoints/blip-image-captioning-base"))
+    state = {theirs_of(name): weight for name, weight in own.state_dict().items()}
+    write(tmp_path / "model_base_caption_capfilt_large.pth", state)
+    exec(compile(recipe, "docs/checkpoints.md", "exec"), {})
+    card = CaptionerCard(
+        role="captioner",
+        name="mine",
+        image_size=32,
+        checkpoint=LocalCheckpoint(path=str(tmp_path / "checkpoints/mine")),
+    )
+    loaded = load(card, "cpu").model.state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in own.state_dict().items())
+
+
+def theirs_of(name: str) -> str:
+    """The authors' name of a weight of ours; the inverse of capfilt.models.authors.NAMES."""
+    for theirs, ours in (
+        ("visual_encoder.cls_token", "vision_model.embeddings.class_embedding"),
+        ("visual_encoder.pos_embed", "vision_model.embeddings.position_embedding"),
+        ("visual_encoder.patch_embed.proj.", "vision_model.embeddings.patch_embedding."),
+        ("visual_encoder.norm.", "vision_model.post_layernorm."),
+        ("visual_encoder.blocks.", "vision_model.encoder.layers."),
+    ):
+        name = name.replace(ours, theirs)
+    for theirs, ours in (("attn.", "self_attn."), ("attn.proj.", "attn.projection."), ("norm", "layer_norm")):
+        if name.startswith("visual_encoder.blocks."):
+            name = name.replace(ours, theirs)
+    return name
 
 
 def untied(state: dict[str, Tensor]) -> None:

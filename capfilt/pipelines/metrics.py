@@ -30,16 +30,18 @@ class Metric:
 
 
 METRICS = {
-    "capfilt_rows": Metric("counter", "Rows accounted for, also by an earlier run.", ("status",)),
+    "capfilt_rows": Metric("counter", "Rows accounted for, those of an interrupted run included.", ("status",)),
     "capfilt_errors": Metric("counter", "Rows in error.", ("reason",)),
-    "capfilt_shards": Metric("counter", "Shards committed, and files that could not be curated.", ("outcome",)),
-    "capfilt_stage_seconds": Metric("counter", "Seconds by stage, summed over workers and threads.", ("stage",)),
+    "capfilt_shards": Metric("counter", "Shards committed, and files that cannot be curated.", ("outcome",)),
+    "capfilt_stage_seconds": Metric("counter", "Seconds by stage and fragment, summed over workers.", ("stage",)),
     "capfilt_rows_waiting": Metric("gauge", "Rows known or estimated that are not accounted for yet."),
-    "capfilt_device_busy": Metric("gauge", "Part of the workers' time in which their models computed, 0 to 1."),
-    "capfilt_images": Metric("counter", "Images that met the models; by worker, as they do."),
-    "capfilt_model_seconds": Metric("counter", "Seconds on the models; by worker, as they pass."),
+    "capfilt_device_busy": Metric(
+        "gauge", "Part of the workers' time in which their models computed, this run so far."
+    ),
+    "capfilt_images": Metric("counter", "Images that met the models, by worker and batch; rate() is images/s."),
+    "capfilt_model_seconds": Metric("counter", "Seconds on the models, by worker and batch; rate() is how busy it is."),
     "capfilt_batch_seconds": Metric(
-        "histogram", "Seconds that a batch was on the models.", boundaries=(0.1, 0.3, 1, 3, 10, 30, 100, 300)
+        "histogram", "Seconds that a batch takes; a worker's.", boundaries=(0.1, 0.3, 1, 3, 10, 30, 100, 300)
     ),
 }
 

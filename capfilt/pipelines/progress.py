@@ -61,13 +61,13 @@ class Display(Watcher):
                 TimeRemainingColumn(),
                 console=console,
             )
-            self._task = self._live.add_task("curate", total=None, line="starting Ray and the models")
+            self._task = self._live.add_task("curate", total=None, line="starting Ray")
 
     def __enter__(self) -> Display:
         if self._live:
             self._live.start()
         else:
-            self._say("starting Ray and the models")
+            self._say("starting Ray")
             self._watch.start()
         return self
 

@@ -35,7 +35,7 @@ class BootstrapSpec(Model):
     human: Input = Field(description="Clean pairs; captioner and filter are fine-tuned on them.")
     human_weight: float = Field(default=1.0, gt=0, le=1000, description="Passes over them in an epoch of pretraining.")
     output: Annotated[SharedDirectory, AfterValidator(no_percent)] = Field(description="For all stages; without `%`.")
-    rounds: int = Field(default=1, ge=1, le=20)
+    rounds: int = Field(default=1, ge=1, le=20, description="Of fine-tuning, curating and pretraining anew.")
     ablation: bool = Field(
         default=False,
         description="In round 1, also pretrain on what the filter keeps of the web (F), and on web and "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from capfilt.spec.fields import Checkpoint, Model
 
@@ -30,7 +30,11 @@ def _batch_size(value: Any) -> Any:
     return value
 
 
-BatchSize = Annotated[int | Literal["auto"], BeforeValidator(_batch_size)]
+BatchSize = Annotated[
+    int | Literal["auto"],
+    BeforeValidator(_batch_size),
+    WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1, "maximum": 4096}]}),
+]
 """Images in one forward pass."""
 
 

@@ -119,7 +119,7 @@ Checkpoint = Annotated[
 
 
 class Columns(Model):
-    """Input columns. What is not given is recognised: see capfilt.fragments.recognise."""
+    """Input columns. What is not given is recognised by its usual names (docs/inputs.md)."""
 
     image: str | None = Field(default=None, description="Encoded image: binary, or struct with a `bytes` field.")
     text: str | None = Field(default=None, description="Web text: string.")
@@ -148,7 +148,7 @@ StorageOptions = Annotated[dict[str, Any], AfterValidator(_no_secrets)]
 
 
 class Input(Model):
-    """What to curate."""
+    """Image-text pairs: the files that hold them, and their columns."""
 
     paths: tuple[Location, ...] = Field(
         min_length=1,

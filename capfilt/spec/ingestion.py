@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from capfilt.spec.fields import Location, Model, OutputLocation, Ray, StorageOptions
 
 ListFormat = Literal["parquet", "csv", "tsv", "jsonl"]
+Interpolation = Literal["nearest", "linear", "cubic", "area", "lanczos"]
 
 RESERVED = {
     *("key", "caption", "url", "width", "height", "original_width", "original_height", "status", "error_message"),
@@ -104,8 +105,8 @@ class Resize(Model):
         default="keep_ratio", description="The shorter side, or the larger one, is image_size; or both, cut or padded."
     )
     resize_only_if_bigger: bool = Field(default=True, description="Leave smaller images as large as they are.")
-    upscale_interpolation: Literal["nearest", "linear", "cubic", "area", "lanczos"] = "lanczos"
-    downscale_interpolation: Literal["nearest", "linear", "cubic", "area", "lanczos"] = "area"
+    upscale_interpolation: Interpolation = Field(default="lanczos", description="Where an image becomes larger.")
+    downscale_interpolation: Interpolation = Field(default="area", description="Where it becomes smaller.")
     encode_format: Literal["jpg", "png", "webp"] = Field(default="jpg", description="And the image column's name.")
     encode_quality: int = Field(default=95, ge=0, le=100, description="Of jpg and webp; of png its compression, 0-9.")
     skip_reencode: bool = Field(default=False, description="Keep the bytes of what is not resized, in its own format.")

@@ -116,7 +116,7 @@ class DualCard(LocalCard):
     """A filter by the similarity of an image's and a text's vectors: CLIP, SigLIP."""
 
     role: Literal["filter"]
-    model: Literal["clip", "siglip"]
+    model: Literal["clip", "siglip"] = Field(description="Whose two towers and processor the checkpoint has.")
     thresholds: DualThresholds = Field(description="In this card's unit; used where the spec gives none.")
     unit: Literal["cosine", "probability"] = Field(
         default="cosine",

@@ -15,7 +15,7 @@ class Tower(Model):
 
     width: int = Field(ge=8, le=8192, description="Of hidden states; a multiple of heads.")
     depth: int = Field(ge=1, le=96, description="Layers.")
-    heads: int = Field(ge=1, le=128)
+    heads: int = Field(ge=1, le=128, description="Of attention.")
     mlp: int = Field(ge=8, le=65536, description="Width of the feed-forward layer.")
 
     @model_validator(mode="after")
@@ -68,11 +68,11 @@ class Optimiser(Model):
     schedule: Literal["decay", "cosine"] = Field(
         default="decay", description="`decay`: times decay_rate an epoch (pretraining); `cosine`: to min_lr at the end."
     )
-    decay_rate: float = Field(default=0.9, gt=0, le=1)
-    min_lr: float = Field(default=1e-6, ge=0, le=1)
+    decay_rate: float = Field(default=0.9, gt=0, le=1, description="Of `decay`.")
+    min_lr: float = Field(default=1e-6, ge=0, le=1, description="The learning rate never falls below it.")
     warmup_steps: int = Field(default=3000, ge=0, description="Linear from warmup_lr.")
-    warmup_lr: float = Field(default=1e-6, ge=0, le=1)
-    weight_decay: float = Field(default=0.05, ge=0, le=1)
+    warmup_lr: float = Field(default=1e-6, ge=0, le=1, description="Learning rate of the first step.")
+    weight_decay: float = Field(default=0.05, ge=0, le=1, description="Of AdamW.")
     betas: tuple[Beta, Beta] = Field(default=(0.9, 0.999), description="What AdamW's two moments keep of themselves.")
     accumulate: int = Field(default=1, ge=1, le=4096, description="Batches a step.")
     clip_norm: float | None = Field(default=None, gt=0, description="Of the gradient; as published, none.")
@@ -101,7 +101,7 @@ class FinetuneOptimiser(Optimiser):
         default="cosine",
         description="`decay`: times decay_rate an epoch (pretraining); `cosine`: to min_lr at the end.",
     )
-    min_lr: float = Field(default=0, ge=0, le=1)
+    min_lr: float = Field(default=0, ge=0, le=1, description="The learning rate never falls below it.")
     warmup_steps: int = Field(default=0, ge=0, description="Linear from warmup_lr.")
 
 
@@ -173,7 +173,7 @@ class Initial(Model):
 class Workers(Model):
     """Training processes, each on its own device."""
 
-    count: int = Field(default=1, ge=1, le=4096)
+    count: int = Field(default=1, ge=1, le=4096, description="So many processes.")
     gpus: float = Field(default=0, ge=0, le=1, description="GPUs of each; 0 computes on the CPU.")
     cpus: float = Field(default=1, gt=0, le=1024, description="CPU cores of each; also its decoding threads.")
     retries: int = Field(
