@@ -188,9 +188,11 @@ def _verdict(judge: Judge, sha256: str | None, text: dict[str, Any]) -> _Verdict
 def _as_arrays(rows: list[_Verdict]) -> _Texts:
     names = dict.fromkeys(name for row in rows for name in row.own)
     return _Texts(
-        np.array([row.score for row in rows], float),
-        *(np.array([getattr(row, name) for row in rows], bool) for name in ("true", "kept", "decided")),
-        {name: np.array([row.own.get(name, math.nan) for row in rows], float) for name in names},
+        score_N=np.array([row.score for row in rows], float),
+        true_N=np.array([row.true for row in rows], bool),
+        kept_N=np.array([row.kept for row in rows], bool),
+        decided_N=np.array([row.decided for row in rows], bool),
+        own_N={name: np.array([row.own.get(name, math.nan) for row in rows], float) for name in names},
     )
 
 

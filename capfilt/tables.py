@@ -24,8 +24,7 @@ def report_table(report: Record) -> list[Table]:
     makers = {
         **{"pairs": _pairs, "captioning": _captioning, "retrieval": _retrieval},
         **{"calibration": _calibration, "precision": _precision},
-        "labelled": lambda found: _judged("texts that labels know", found),
-        "ensemble": lambda found: _judged("test pairs and shuffled ones", found),
+        **{"labelled": _labelled, "ensemble": _ensemble},
     }
     tables = [make(report[part]) for part, make in makers.items() if report.get(part)]
     return tables + [_quality(dataset) for dataset in report.get("quality", ())]
@@ -93,6 +92,14 @@ def _precision(found: Record) -> Table:
     table.add_row("percent", f"{100 * found['fraction']:.2f}")
     table.add_row("largest difference of a score", f"{found['largest']:.4f}")
     return table
+
+
+def _labelled(found: Record) -> Table:
+    return _judged("texts that labels know", found)
+
+
+def _ensemble(found: Record) -> Table:
+    return _judged("test pairs and shuffled ones", found)
 
 
 def _judged(what: str, found: Record) -> Table:

@@ -185,7 +185,7 @@ class Folder:
     def take_back(self, manifest: Mapping[str, Any]) -> None:
         """Remove what a killed try had put in its place of an export that is not wanted any more.
 
-        Its manifest is the incomplete export's, and goes with the rest of that: a try that is killed here does it again.
+        Its manifest stays with the incomplete export till the last: a try that is killed here does it again.
         """
         if self._local:  # in one step, or not at all
             return

@@ -24,7 +24,7 @@ from capfilt.models.measures import (
 from capfilt.models.retrieval import K_TEST, retrieve
 from capfilt.models.squares import prepared, squares
 from capfilt.pipelines.evaluate import PairCounts
-from capfilt.pipelines.job import Preparing, load_captioner, load_filter
+from capfilt.pipelines.job import load_captioner, load_filter
 from capfilt.pipelines.parts import Parts
 from capfilt.spec import AnyCaptioner, AnyFilter, EvaluateSpec, LocalCard
 from capfilt.testset import LabelledImage, LabelledImages, read_test_set
@@ -166,7 +166,7 @@ class _Show:
     def __call__(self, start: int, stop: int) -> Iterator[Any]:
         """Batches that together are images `start` to `stop`, in order."""
         some, model = self._images[start:stop], self._model
-        if isinstance(model, Preparing):
+        if model.image_size is None:  # it looks at whole pictures
             batches: Iterator[Any] = prepared(some, model.prepare, model.batch_size, self._limits)
         else:
             batches = squares([one.image for one in some], model.image_size, model.batch_size, self._limits)
