@@ -184,14 +184,14 @@ def score_samples(filter_: Scorer, show: Show, samples: Sequence[Sample]) -> lis
         FloatingPointError: a score is not a number.
     """
     scores: list[list[float]] = [[] for _ in samples]
-    rest = iter(list(zip(*(sample.texts for sample in samples), strict=True)))
+    rest = zip(*(sample.texts for sample in samples), strict=True)
     for batch in show(0, len(samples[0].texts)):
-        asked = [next(rest) for _ in range(len(batch))]
-        answers = filter_.score(batch, [[text for own in one for text in own] for one in asked])
-        for one, answer in zip(asked, answers, strict=True):
+        asked = [next(rest) for _ in range(len(batch))]  # of each image its texts in each sample
+        answers = filter_.score(batch, [[text for some in own for text in some] for own in asked])
+        for own, answer in zip(asked, answers, strict=True):
             numbers = iter(answer)
-            for own, known in zip(scores, one, strict=True):
-                own += [next(numbers).itm for _ in known]
+            for sample_scores, some in zip(scores, own, strict=True):
+                sample_scores += [next(numbers).itm for _ in some]
     return [np.array(own, float) for own in scores]
 
 

@@ -116,7 +116,7 @@ class _Measuring:
             return found
         (card,), shuffled = spec.judges, samples["shuffled"]
         found["calibration"] = calibrated(scores["shuffled"][card.name], shuffled, card.unit, limit)
-        if card.dtype != "float32":
+        if card.dtype != "float32" and len(shuffled.true_N):
             exact = card.model_copy(update={"dtype": "float32"})
             (exact_N,) = self._scores(exact, [shuffled], "precision")
             found["precision"] = compare_precision(scores["shuffled"][card.name], exact_N, card.thresholds.web)
