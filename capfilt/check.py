@@ -56,7 +56,7 @@ def look(loaded: RunSpec) -> Iterator[str]:
     elif isinstance(loaded, EvaluateSpec):
         if loaded.pairs:
             yield _check_input(loaded.pairs)[0]
-        yield from _check_cards(loaded.captioner, loaded.filter)
+        yield from _check_cards(loaded.captioner, *loaded.judges)
         yield from _check_truths(loaded.truth, *(quality.truth for quality in loaded.quality))
     elif isinstance(loaded, IngestSpec):
         from capfilt.ingest import describe

@@ -53,7 +53,7 @@ from capfilt.errors import ConflictError, DatasetError
 from capfilt.logs import event
 from capfilt.records import RUN, RunRecord, read_records
 from capfilt.redaction import redacted
-from capfilt.schema import ANNOTATIONS, PAIRS, PROVENANCE, QUARANTINE, SHARD, table_schema
+from capfilt.schema import ANNOTATIONS, PAIRS, PROVENANCE, QUARANTINE, SHARD, Reason, table_schema
 from capfilt.stores import blamed, connect, delta_options, one_line, persist, refuses_to_overwrite, transient
 
 DIRECTORIES = {ANNOTATIONS: "annotations", PAIRS: "pairs", QUARANTINE: "_runs/quarantine"}
@@ -816,6 +816,14 @@ def _add(path: str, size: int, rows: int, **stats: Mapping[str, Any]) -> AddActi
     return AddAction(path, size, {SHARD: _shard_of(path)}, int(time.time() * 1000), True, statistics)
 
 
+_BOUNDS = ("reason", "detail")
+_ENDS = (
+    {"reason": min(Reason), "detail": ""},
+    {"reason": max(Reason), "detail": "\U0010ffff"},
+)
+"""Lower and upper bounds of columns whose values no one looked at: wide ones, as those of long strings always are."""
+
+
 def _annotation_adds(shard: ShardCommit) -> list[AddAction]:
     """Entries whose statistics tell the shard's state: its provenance is the min and max of constant columns, its kept
     rows are the nulls of `reason`, its errors the rows where `detail` is not null. They are as true for any reader that
@@ -825,7 +833,10 @@ def _annotation_adds(shard: ShardCommit) -> list[AddAction]:
         # A shard may hold files that an earlier run finished and did not live to commit.
         constant = {**asdict(shard.provenance), "run": _run_of(file.path)}
         nulls = {**dict.fromkeys(constant, 0), "reason": file.kept, "detail": file.rows - file.errors}
-        adds.append(_add(file.path, file.size, file.rows, minValues=constant, maxValues=constant, nullCount=nulls))
+        # deltalake compares with null where there is a count of nulls and no bound: no row would match a filter.
+        least, most = ({name: end[name] for name in _BOUNDS if nulls[name] < file.rows} for end in _ENDS)
+        bounds = {"minValues": {**constant, **least}, "maxValues": {**constant, **most}}
+        adds.append(_add(file.path, file.size, file.rows, **bounds, nullCount=nulls))
     return adds
 
 

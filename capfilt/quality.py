@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from capfilt.calibration import Bools, Calibration, Floats, against_truth
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import InputError
-from capfilt.evaluate import AtThreshold, average_precision, calibrate, noise_rate, roc_auc
+from capfilt.evaluate import AtThreshold, noise_rate
 from capfilt.schema import Reason, Source
 from capfilt.spec import Quality
 from capfilt.text import clean
 from capfilt.truth import Judge, read_truth
-
-Bools = npt.NDArray[np.bool_]
 
 _BY_THRESHOLD = Reason.BELOW_THRESHOLD
 
@@ -42,8 +40,9 @@ class SourceQuality:
         false_positive_rate: kept, of the untrue that were kept or dropped by the threshold.
         not_decided: scored texts that these three leave out: dropped as another's duplicate, or as not the best.
         calibrated: the threshold that would have told the true from the untrue best (capfilt.evaluate.calibrate), by
-            the mean ITM scores of the scored.
+            the mean ITM scores of the scored; None where filters voted, each by a threshold of its own.
         problem: why there is none, if not for want of texts of both kinds.
+        filters: where there were several, each by its own scores, on the scored texts that have one of its.
     """
 
     texts: int
@@ -61,6 +60,7 @@ class SourceQuality:
     not_decided: int
     calibrated: AtThreshold | None = None
     problem: str | None = None
+    filters: dict[str, Calibration] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,7 @@ class DatasetQuality:
         kept: judged texts kept, of all sources.
         noise_before: untrue, of the judged and scored texts of all sources.
         noise_after: untrue, of `kept`.
+        decision: how several filters decided, by the newest run on record: `mean` or `vote`; None if there is none.
     """
 
     dataset: str
@@ -81,6 +82,17 @@ class DatasetQuality:
     kept: int
     noise_before: float | None
     noise_after: float | None
+    decision: str | None = None
+
+
+class _Verdict(NamedTuple):
+    """A judged text: its mean score, NaN where not scored, and each filter's."""
+
+    score: float
+    true: bool
+    kept: bool
+    decided: bool
+    own: dict[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +102,14 @@ class _Texts:
     Attributes:
         score_N: mean ITM, NaN where not scored.
         decided_N: kept, or dropped by the threshold.
+        own_N: each filter's score, by the names of their cards; NaN where it gave none.
     """
 
-    score_N: npt.NDArray[np.float64]  # noqa: N815  the shape's suffix
+    score_N: Floats  # noqa: N815  the shape's suffix
     true_N: Bools  # noqa: N815
     kept_N: Bools  # noqa: N815
     decided_N: Bools  # noqa: N815
+    own_N: dict[str, Floats]  # noqa: N815
 
     @property
     def scored_N(self) -> Bools:  # noqa: N802
@@ -115,7 +129,7 @@ def measure_quality(quality: Quality, max_false_positive_rate: float | None = No
     judge = read_truth(quality.truth)
     dataset = CuratedDataset.for_reading(quality.dataset, quality.storage_options)
     counts = dict.fromkeys(map(str, Source), 0)
-    judged: dict[str, list[tuple[float, bool, bool, bool]]] = {source: [] for source in counts}
+    judged: dict[str, list[_Verdict]] = {source: [] for source in counts}
     for sha256, text in _texts(dataset):
         counts[text["source"]] += 1
         if (verdict := _verdict(judge, sha256, text)) is not None:
@@ -128,18 +142,28 @@ def measure_quality(quality: Quality, max_false_positive_rate: float | None = No
     texts = {source: _as_arrays(rows) for source, rows in judged.items()}
     scored = np.concatenate([own.true_N[own.scored_N] for own in texts.values()])
     kept = np.concatenate([own.true_N[own.kept_N] for own in texts.values()])
+    decision = _decision(dataset)
     return DatasetQuality(
         dataset.output,
         dataset.versions()["annotations"],
         {
-            source: _of_source(counts[source], own, max_false_positive_rate)
+            source: _of_source(counts[source], own, decision, max_false_positive_rate)
             for source, own in texts.items()
             if counts[source]
         },
         len(kept),
         _number(noise_rate(scored)),
         _number(noise_rate(kept)),
+        decision,
     )
+
+
+def _decision(dataset: CuratedDataset) -> str | None:
+    """Of the newest run on record that wrote rows of this version."""
+    runs = {state.provenance.run for state in dataset.committed().values()}
+    newest = max(runs, default=None)  # their names begin with when they began
+    found = dataset.record(newest).details.get("spec", {}).get("decision") if newest else None
+    return str(found) if found else None
 
 
 def _texts(dataset: CuratedDataset) -> Iterator[tuple[str | None, dict[str, Any]]]:
@@ -151,32 +175,36 @@ def _texts(dataset: CuratedDataset) -> Iterator[tuple[str | None, dict[str, Any]
                     yield row["image_sha256"], text
 
 
-def _verdict(judge: Judge, sha256: str | None, text: dict[str, Any]) -> tuple[float, bool, bool, bool] | None:
-    """(score, true, kept, decided) of a text; None where its truth is not known."""
+def _verdict(judge: Judge, sha256: str | None, text: dict[str, Any]) -> _Verdict | None:
+    """What is known of a text; None where its truth is not."""
     true = None if sha256 is None else judge.is_true(sha256, text["text"])
     if true is None:
         return None
     score = math.nan if text["itm"] is None else text["itm"]
-    return score, true, text["kept"], text["kept"] or text["reason"] == _BY_THRESHOLD
+    own = {one["filter"]: one["itm"] for one in text["scores"] or ()}
+    return _Verdict(score, true, text["kept"], text["kept"] or text["reason"] == _BY_THRESHOLD, own)
 
 
-def _as_arrays(rows: list[tuple[float, bool, bool, bool]]) -> _Texts:
-    score_N, true_N, kept_N, decided_N = (np.array(column) for column in zip(*rows, strict=True)) if rows else ([],) * 4
+def _as_arrays(rows: list[_Verdict]) -> _Texts:
+    names = dict.fromkeys(name for row in rows for name in row.own)
     return _Texts(
-        np.asarray(score_N, dtype=float), *(np.asarray(column, dtype=bool) for column in (true_N, kept_N, decided_N))
+        score_N=np.array([row.score for row in rows], float),
+        true_N=np.array([row.true for row in rows], bool),
+        kept_N=np.array([row.kept for row in rows], bool),
+        decided_N=np.array([row.decided for row in rows], bool),
+        own_N={name: np.array([row.own.get(name, math.nan) for row in rows], float) for name in names},
     )
 
 
-def _of_source(texts: int, own: _Texts, max_false_positive_rate: float | None) -> SourceQuality:
+def _of_source(texts: int, own: _Texts, decision: str | None, max_false_positive_rate: float | None) -> SourceQuality:
     scored_N, kept_N, true_N = own.scored_N, own.kept_N, own.true_N
-    both = true_N[scored_N].any() and not true_N[scored_N].all()
-    calibrated, problem = None, None
-    if both:
-        true_scores, untrue_scores = own.score_N[scored_N & true_N], own.score_N[scored_N & ~true_N]
-        try:
-            calibrated = calibrate(true_scores, untrue_scores, max_false_positive_rate=max_false_positive_rate)
-        except ValueError as error:  # no threshold stays within the limit
-            problem = str(error)
+
+    def judged(score_N: Floats) -> Calibration:
+        some_N = ~np.isnan(score_N)
+        return against_truth(score_N[some_N], true_N[some_N], max_false_positive_rate=max_false_positive_rate)
+
+    mean = judged(own.score_N)
+    voted = decision == "vote" and len(own.own_N) > 1
     return SourceQuality(
         texts=texts,
         judged=len(true_N),
@@ -185,14 +213,15 @@ def _of_source(texts: int, own: _Texts, max_false_positive_rate: float | None) -
         noise_of_all=_number(noise_rate(true_N)),
         noise_before=_number(noise_rate(true_N[scored_N])),
         noise_after=_number(noise_rate(true_N[kept_N])),
-        roc_auc=roc_auc(own.score_N[scored_N], true_N[scored_N]) if both else None,
-        average_precision=average_precision(own.score_N[scored_N], true_N[scored_N]) if both else None,
+        roc_auc=mean.roc_auc,
+        average_precision=mean.average_precision,
         precision=_fraction(true_N[kept_N]),
         recall=_fraction(kept_N[own.decided_N & true_N]),
         false_positive_rate=_fraction(kept_N[own.decided_N & ~true_N]),
         not_decided=int((scored_N & ~own.decided_N).sum()),
-        calibrated=calibrated,
-        problem=problem,
+        calibrated=None if voted else mean.best,
+        problem=None if voted or mean.roc_auc is None else mean.problem,
+        filters={name: judged(score_N) for name, score_N in own.own_N.items()} if len(own.own_N) > 1 else {},
     )
 
 

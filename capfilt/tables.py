@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -24,6 +24,7 @@ def report_table(report: Record) -> list[Table]:
     makers = {
         **{"pairs": _pairs, "captioning": _captioning, "retrieval": _retrieval},
         **{"calibration": _calibration, "precision": _precision},
+        **{"labelled": _labelled, "ensemble": _ensemble},
     }
     tables = [make(report[part]) for part, make in makers.items() if report.get(part)]
     return tables + [_quality(dataset) for dataset in report.get("quality", ())]
@@ -53,6 +54,8 @@ def _captioning(found: Record) -> Table:
     if found["judged"]:
         table.add_row(f"true, of {found['judged']:,}", _percent(found["true"]))
         table.add_row("true and whole", _percent(found["exact"]))
+    if found.get("refused"):
+        table.add_row("images that the endpoint did not caption", f"{found['refused']:,}")
     return table
 
 
@@ -64,7 +67,8 @@ def _retrieval(found: Record) -> Table:
         title += f"; {found['left_out_images']:,} images left out"
     columns = [(way, k) for way in ways for k in found["itc"][way]]
     table = _titled(title, "", *(f"{ways[way]}@{k}" for way, k in columns))
-    for name, label in (("itc", "ITC"), ("itm", f"ITM, best {found['k_test']:,}")):
+    rows = {"itc": "ITC", "itm": f"ITM, best {found['k_test']:,}"} if found["itm"] else {"itc": "similarity"}
+    for name, label in rows.items():
         table.add_row(label, *(_percent(found[name][way][k]) for way, k in columns))
     return table
 
@@ -75,7 +79,7 @@ def _calibration(found: Record) -> Table:
     if found["problem"]:
         table.add_row("no threshold", shown(found["problem"]))
     else:
-        table.add_row("threshold", f"{found['threshold']:.4f}")
+        table.add_row(f"threshold, of {found['unit']}", f"{found['threshold']:.4f}")
     for name in _OF_FILTER:
         if found[name] is not None:
             table.add_row(_words(name), _percent(found[name]))
@@ -86,8 +90,43 @@ def _precision(found: Record) -> Table:
     table = _titled("the filter's decisions against float32's", "", "")
     table.add_row(f"decided otherwise, of {found['texts']:,} at {found['threshold']:.2f}", f"{found['flipped']:,}")
     table.add_row("percent", f"{100 * found['fraction']:.2f}")
-    table.add_row("largest difference of a match probability", f"{found['largest']:.4f}")
+    table.add_row("largest difference of a score", f"{found['largest']:.4f}")
     return table
+
+
+def _labelled(found: Record) -> Table:
+    return _judged("texts that labels know", found)
+
+
+def _ensemble(found: Record) -> Table:
+    return _judged("test pairs and shuffled ones", found)
+
+
+def _judged(what: str, found: Record) -> Table:
+    """Filters on texts whose truth is known: a column for each, and for what they decide together."""
+    columns = {f"{name} ({found['units'][name]})": own for name, own in found["filters"].items()}
+    if found["together"]:
+        columns[f"all, by {found['decision']}"] = found["together"]
+    title = f"{what}: {found['texts']:,}, {found['true']:,} of them true"
+    table = _titled(f"{title}; {found['left_out']:,} left out" if found["left_out"] else title, "", *columns)
+    for name in ("roc_auc", "average_precision"):
+        table.add_row(_words(name), *(_percent(own[name]) for own in columns.values()))
+    for part, label in (("in_use", "threshold in use"), ("best", "best threshold")):
+        _add_thresholds(table, label, [own[part] or {} for own in columns.values()])
+    for label, own in columns.items():
+        if own["problem"]:
+            table.add_row(shown(f"no best threshold, {label}"), shown(own["problem"]))
+    return table
+
+
+def _add_thresholds(table: Table, label: str, found: Sequence[Record]) -> None:
+    """Rows of thresholds, and of what each does; none where there is none."""
+    if any(found):
+        table.add_row(
+            shown(label), *("-" if own.get("threshold") is None else f"{own['threshold']:.4f}" for own in found)
+        )
+        for name in _OF_THRESHOLD:
+            table.add_row(f"  its {_words(name)}", *(_percent(own.get(name)) for own in found))
 
 
 def _quality(found: Record) -> Table:
@@ -100,11 +139,11 @@ def _quality(found: Record) -> Table:
         table.add_row(_words(name), *(_percent(own[name]) for own in (*sources.values(), found)))
     for name in _OF_FILTER:
         table.add_row(_words(name), *(_percent(own[name]) for own in sources.values()))
-    best = [own.get("calibrated") or {} for own in sources.values()]
-    if any(best):
-        table.add_row("best threshold", *(f"{own['threshold']:.4f}" if own else "-" for own in best))
-        for name in _OF_THRESHOLD:
-            table.add_row(f"  its {_words(name)}", *(_percent(own.get(name)) for own in best))
+    _add_thresholds(table, "best threshold", [own.get("calibrated") or {} for own in sources.values()])
+    for name in dict.fromkeys(name for own in sources.values() for name in own.get("filters", ())):
+        alone = [own.get("filters", {}).get(name) or {} for own in sources.values()]
+        table.add_row(shown(f"ROC AUC of {name} alone"), *(_percent(own.get("roc_auc")) for own in alone))
+        _add_thresholds(table, f"best threshold of {name}", [own.get("best") or {} for own in alone])
     for source, own in sources.items():
         if own.get("problem"):
             table.add_row(f"no best threshold, {source}", shown(own["problem"]))

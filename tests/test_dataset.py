@@ -841,6 +841,38 @@ def test_every_reader_sees_the_same_rows(output: str) -> None:
     assert dataset.annotations().count_rows(filter=~pads.field("reason").is_null()) == 5
 
 
+def test_a_filter_by_reason_or_detail_loses_no_file(output: str) -> None:
+    """Files with rows of every kind, of one kind, and of none: the log has no null where a reader wants a bound."""
+    dataset = CuratedDataset.for_writing(output, {})
+    shards = {
+        "mixed": [KEPT, DROPPED, ERROR],
+        "kept": [KEPT] * 2,
+        "dropped": [DROPPED] * 2,
+        "error": [ERROR],
+        "none": [],
+    }
+    dataset.commit([write_shard(output, name, "r1", rows) for name, rows in shards.items()])
+    rows, lazy = dataset.annotations().to_table().to_pylist(), polars.scan_delta(f"{output}/annotations")
+    duck = duckdb.connect()
+    duck.register("rows", dataset.annotations())
+    assert len({row["reason"] for row in rows}) == 3
+    for column in ("reason", "detail"):
+        for value in {row[column] for row in rows}:
+            wanted = sum(row[column] == value for row in rows)
+            by_arrow = pads.field(column).is_null() if value is None else pads.field(column) == value
+            by_polars = polars.col(column).is_null() if value is None else polars.col(column) == value
+            by_duckdb = f"{column} is null" if value is None else f"{column} = '{value}'"
+            assert dataset.annotations().count_rows(filter=by_arrow) == wanted
+            assert lazy.filter(by_polars).collect().height == wanted
+            assert duck.sql(f"select count(*) from rows where {by_duckdb}").fetchall() == [(wanted,)]
+    for action in pa.table(deltalake.DeltaTable(f"{output}/annotations").get_add_actions()).flatten().to_pylist():
+        file = pq.read_table(Path(output, "annotations", action["path"]), partitioning=None)
+        for column in ("reason", "detail"):
+            known = [value for value in file[column].to_pylist() if value is not None]
+            least, most = action[f"min.{column}"], action[f"max.{column}"]
+            assert all(least <= value <= most for value in known) if known else least is most is None
+
+
 # --- any history ------------------------------------------------------------------------------------------------------
 
 SHARDS = st.dictionaries(st.sampled_from("abcd"), st.lists(st.sampled_from(list(Status)), max_size=4), max_size=3)

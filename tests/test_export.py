@@ -26,7 +26,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
-from s3 import S3
 from stubs import load_hash
 from typer.testing import CliRunner
 
@@ -466,7 +465,7 @@ def test_the_manifest_tells_the_truth(make: MakeExport) -> None:
 # --- stores ---
 
 
-@pytest.mark.parametrize("form", ["webdataset", "authors"])
+@pytest.mark.parametrize("form", FORMATS)
 def test_an_export_to_a_store_that_breaks_off_while_it_is_put_in_place(
     make: MakeExport, curated: str, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
@@ -495,14 +494,6 @@ def test_an_export_to_a_store_that_breaks_off_while_it_is_put_in_place(
         assert run(spec).nothing
     finally:
         fs.rm("/bucket", recursive=True)
-
-
-@pytest.mark.slow
-def test_an_export_to_s3(make: MakeExport, curated: str, s3: S3) -> None:
-    spec = make("parquet", output="s3://data/export", output_options=s3.options)
-    assert run(spec).rows == len(pairs(curated))
-    table = pq.read_table("data/export/data", filesystem=s3.files())
-    assert table["text"].to_pylist() == [pair["text"] for pair in pairs(curated)]
 
 
 # --- a trainer ---

@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "capfilt"
 LAYERS = [
     {
         *("errors", "schema", "spec", "text", "decide", "fingerprints", "weights", "evaluate", "throughput"),
+        "calibration",
         *("terminal", "logs", "redaction", "perceptual", "duplicates", "rules", "remedies"),
     },
     {
@@ -79,6 +80,7 @@ HEAVY = "import sys; sys.exit(', '.join(m for m in ('torch', 'ray', 'transformer
         "import capfilt.examples, capfilt.evaluate, capfilt.weights",
         "import capfilt.lease, capfilt.records, capfilt.logs, capfilt.printing",
         "import capfilt.pipelines.ingest",
+        "import capfilt.pipelines.evaluate",
         "import capfilt.truth, capfilt.testset, capfilt.quality, capfilt.tables",
         "import capfilt.report, capfilt.report.page",
         "import capfilt.view.server",

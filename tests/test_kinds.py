@@ -123,10 +123,10 @@ def test_a_secret_in_a_url_is_refused_and_not_repeated(tmp_path: Path, url: str)
     assert "hunter2" not in str(caught.value)
 
 
-def test_a_card_of_another_kind_cannot_be_trained_or_evaluated(tmp_path: Path) -> None:
-    data = {"kind": "evaluate", "output": "out", "pairs": {"paths": "in"}, "captioner": CAPTIONERS["openai"]}
+def test_a_card_of_another_kind_cannot_be_trained(tmp_path: Path) -> None:
+    data = {"kind": "finetune-captioner", "output": "out", "start": CAPTIONERS["openai"]}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(data))
-    with pytest.raises(SpecError, match=r"captioner.model: Input should be 'blip' \(got 'openai'\)"):
+    with pytest.raises(SpecError, match=r"start.model: Input should be 'blip' \(got 'openai'\)"):
         load_spec(tmp_path / "run.yaml")
 
 

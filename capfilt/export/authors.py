@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-from capfilt.export.folder import FileRecord, Folder
+from capfilt.export.folder import IMAGES, FileRecord, Folder
 from capfilt.export.shards import Example
 
 
@@ -25,7 +25,7 @@ class Authors:
             opening = b"[\n"
             for batch in batches:
                 for example in batch:
-                    image = f"images/{shard:05d}/{example.file_name}"
+                    image = f"{IMAGES}/{shard:05d}/{example.file_name}"
                     folder.put(image, example.image)
                     for caption in example.captions if self._all_texts else (example.chosen,):
                         about = {**example.about(), "source": caption.source, "captioner": caption.captioner}

@@ -92,6 +92,8 @@ def export(spec: ExportSpec, console: Console | None = None) -> ExportSummary:
     manifest = folder.read(MANIFEST)
     resumed = 0
     if manifest is None or manifest["asked"] != wanted:
+        if manifest is not None:
+            folder.take_back(manifest)  # another export broke off while it was put in its place
         written, resumed = _write(spec, shards, wanted, folder, console or Console(stderr=True))
         manifest = _put_on_record(spec, dataset, wanted, written, folder)
     folder.publish()

@@ -28,6 +28,9 @@ MANIFEST = "manifest.json"
 PROGRESS = "_export"
 """Of an incomplete export: what was asked for, and of each file that is whole what it holds."""
 
+IMAGES = "images"
+"""Of the formats that have image files of their own, which are not among the manifest's."""
+
 _SUFFIX = ".incomplete"
 _PART = ".part"
 _PART_BYTES = 16 * 2**20
@@ -178,6 +181,20 @@ class Folder:
             with ThreadPoolExecutor(_THREADS) as pool:
                 list(pool.map(self._move, [name for name in names if name != last]))
             self._move(last)
+
+    def take_back(self, manifest: Mapping[str, Any]) -> None:
+        """Remove what a killed try had put in its place of an export that is not wanted any more.
+
+        Its manifest stays with the incomplete export till the last: a try that is killed here does it again.
+        """
+        if self._local:  # in one step, or not at all
+            return
+        own = {file["path"] for file in manifest["files"]}
+        places = {name: name.removeprefix(f"{self._final}/") for name in self._files(self._final)}
+        moved = [name for name, path in places.items() if path in own or path.startswith(f"{IMAGES}/")]
+        if moved:
+            with blamed(f"{self.output}: cannot be removed"), contextlib.suppress(FileNotFoundError):
+                persist(lambda: self._fs.rm(moved))
 
     def _move(self, name: str) -> None:
         target = self._final + name.removeprefix(self._stage)

@@ -119,17 +119,32 @@ class DualFilter:
         if not places:
             return [[] for _ in texts]
         judged = [image for image, own in enumerate(texts) if own]
-        seen: dict[int, Tensor] = {}
         with exact():
             text_NJ = self._embed_texts(list(places))
-            for group in alike([images[image] for image in judged]):
-                some = [judged[place] for place in group]
-                seen |= zip(some, self._seen([images[image] for image in some]), strict=True)
+            seen = dict(zip(judged, self._look([images[image] for image in judged]), strict=True))
         scores: list[list[Score]] = []
         for image, own in enumerate(texts):
             cosine_N = text_NJ[[places[text] for text in own]] @ seen[image] if own else torch.empty(0)
             scores.append([self._score(cosine) for cosine in cosine_N.tolist()])
         return scores
+
+    def embed_images(self, images: Sequence[Inputs]) -> Tensor:
+        """Vectors of images, from :meth:`prepare`: float32 [B, J] of length 1, on the CPU.
+
+        Raises:
+            FloatingPointError: they are not numbers.
+        """
+        with exact():
+            return _finite(torch.stack(self._look(images)))
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Vectors of texts, cleaned and cut as :meth:`score`'s: float32 [N, J] of length 1, on the CPU.
+
+        Raises:
+            FloatingPointError: they are not numbers.
+        """
+        with exact():
+            return _finite(self._embed_texts(texts))
 
     def _score(self, cosine: float) -> Score:
         if not math.isfinite(cosine):
@@ -139,6 +154,13 @@ class DualFilter:
             return Score(max(0.0, cosine), cosine)
         scale, bias = self._probable
         return Score(1 / (1 + math.exp(-max(-700.0, min(700.0, scale * cosine + bias)))), cosine)
+
+    def _look(self, images: Sequence[Inputs]) -> list[Tensor]:
+        """Vectors of images, those that are alike together."""
+        seen: dict[int, Tensor] = {}
+        for group in alike(list(images)):
+            seen |= zip(group, self._seen([images[place] for place in group]), strict=True)
+        return [seen[place] for place in range(len(images))]
 
     def _seen(self, images: Sequence[Inputs]) -> list[Tensor]:
         return self._fitting.run(len(images), lambda some: list(self._embed_images(images[some])))
@@ -173,6 +195,12 @@ class DualFilter:
         mask = {} if self._siglip else {"attention_mask": tokens["attention_mask"]}
         found = self._network.get_text_features(input_ids=tokens["input_ids"], **mask)
         return normalize(found.pooler_output.float(), dim=-1).cpu()
+
+
+def _finite(vectors: Tensor) -> Tensor:
+    if not bool(torch.isfinite(vectors).all()):
+        raise FloatingPointError("the filter's scores are not numbers")
+    return vectors
 
 
 def _sigmoid(card: DualCard, network: Any) -> tuple[float, float]:

@@ -17,11 +17,19 @@ from capfilt.fingerprints import Fingerprints, with_withdrawn
 from capfilt.inputs import InputFile
 from capfilt.plan import Stage
 from capfilt.receipts import Receipt
-from capfilt.spec import AnyCaptioner, AnyCard, AnyFilter, CaptionerCard, CurateSpec, EndpointCard, FilterCard
+from capfilt.spec import AnyCaptioner, AnyCard, AnyFilter, CaptionerCard, CurateSpec, EndpointCard, FilterCard, Sampling
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+    from capfilt.models.captioner import Captioner as BlipCaptioner
+    from capfilt.models.dual import DualFilter
+    from capfilt.models.endpoint import EndpointCaptioner
+    from capfilt.models.generator import GeneratorCaptioner
+    from capfilt.models.itm import ItmFilter
+
+    LoadedCaptioner = BlipCaptioner | GeneratorCaptioner | EndpointCaptioner
 
 
 class Captioner(Protocol):
@@ -95,38 +103,43 @@ def load_models(spec: CurateSpec, device: str) -> Models:
         EndpointError: an endpoint does not caption.
         SpecError: a card or the sampling asks for more than its checkpoint can do; names the card.
     """
-    captioners, filters = [], []
-    for captioner in spec.captioners:
-        with _named(captioner):
-            captioners.append(_captioner(captioner, spec, device))
-    for filter_ in spec.filters:
-        with _named(filter_):
-            filters.append(_filter(filter_, device))
-    return captioners, filters
+    captioners = []
+    for card in spec.captioners:
+        sampling = spec.sampling if isinstance(card, CaptionerCard) else card.sampled(spec.sampling)
+        captioners.append(load_captioner(card, sampling, device))
+    return captioners, [load_filter(card, device) for card in spec.filters]
 
 
-def _captioner(card: AnyCaptioner, spec: CurateSpec, device: str) -> Captioner:
-    if isinstance(card, CaptionerCard):
-        from capfilt.models.captioner import Captioner as BlipCaptioner  # transformers loads where models do
+def load_captioner(card: AnyCaptioner, sampling: Sampling, device: str) -> LoadedCaptioner:
+    """Load a captioner, of whatever kind; raises as :func:`load_models`.
 
-        return BlipCaptioner(card, spec.sampling, device)
-    if isinstance(card, EndpointCard):
-        from capfilt.models.endpoint import EndpointCaptioner
+    Args:
+        sampling: the card's own has gone over it.
+    """
+    with _named(card):
+        if isinstance(card, CaptionerCard):
+            from capfilt.models.captioner import Captioner as BlipCaptioner  # transformers loads where models do
 
-        return EndpointCaptioner(card, card.sampled(spec.sampling))
-    from capfilt.models.generator import GeneratorCaptioner
+            return BlipCaptioner(card, sampling, device)
+        if isinstance(card, EndpointCard):
+            from capfilt.models.endpoint import EndpointCaptioner
 
-    return GeneratorCaptioner(card, card.sampled(spec.sampling), device)
+            return EndpointCaptioner(card, sampling)
+        from capfilt.models.generator import GeneratorCaptioner
+
+        return GeneratorCaptioner(card, sampling, device)
 
 
-def _filter(card: AnyFilter, device: str) -> Filter:
-    if isinstance(card, FilterCard):
-        from capfilt.models.itm import ItmFilter
+def load_filter(card: AnyFilter, device: str) -> ItmFilter | DualFilter:
+    """Load a filter, of whatever kind; raises as :func:`load_models`."""
+    with _named(card):
+        if isinstance(card, FilterCard):
+            from capfilt.models.itm import ItmFilter
 
-        return ItmFilter(card, device)
-    from capfilt.models.dual import DualFilter
+            return ItmFilter(card, device)
+        from capfilt.models.dual import DualFilter
 
-    return DualFilter(card, device)
+        return DualFilter(card, device)
 
 
 @contextmanager

@@ -18,8 +18,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from capfilt.errors import CapfiltError, ConflictError, TrainingError
 
 KEPT_STATES = 2
@@ -94,6 +92,8 @@ class States:
 
     def write(self, step: int, state: Mapping[str, Any]) -> None:
         """Keep a state; it appears whole."""
+        import torch  # the records need none
+
         self._directory.mkdir(parents=True, exist_ok=True)
         for left in self._directory.glob(".step-*"):  # by an attempt that was killed
             left.unlink()
@@ -112,6 +112,8 @@ class States:
         Raises:
             TrainingError: the file is not one.
         """
+        import torch
+
         try:
             state: dict[str, Any] = torch.load(self._file(step), map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any, Literal, TypeVar
@@ -86,6 +87,27 @@ class KeepOut(Model):
     )
 
 
+def named_apart(cards: tuple[_Card, ...]) -> tuple[_Card, ...]:
+    """The cards, if no two have one name; else ValueError."""
+    if twice := [name for name, times in Counter(card.name for card in cards).items() if times > 1]:
+        raise ValueError(
+            f"{len(cards)} cards, of which several are named {twice[0]}; what each writes or scores is recorded "
+            "under its name: give each its own"
+        )
+    return cards
+
+
+def require_one_unit(filters: Sequence[AnyFilter], decision: Decision) -> None:
+    """Raise ValueError where filters are to have a mean, or a threshold for all, and their scores have unlike units."""
+    units = {card.name: card.unit for card in filters}
+    if len(set(units.values())) > 1 and decision == "mean":
+        listed = ", ".join(f"{name}: {unit}" for name, unit in units.items())
+        raise ValueError(
+            f"the filters' scores have unlike units ({listed}): no mean, and no threshold for all, has a meaning; "
+            "use decision: vote and leave thresholds to the cards"
+        )
+
+
 class CurateSpec(Model):
     """One CapFilt run: caption, score, decide, commit."""
 
@@ -149,12 +171,7 @@ class CurateSpec(Model):
     @field_validator("captioners", "filters")
     @classmethod
     def _named_apart(cls, cards: tuple[_Card, ...]) -> tuple[_Card, ...]:
-        if twice := [name for name, times in Counter(card.name for card in cards).items() if times > 1]:
-            raise ValueError(
-                f"{len(cards)} cards, of which several are named {twice[0]}; what each writes or scores is recorded "
-                "under its name: give each its own"
-            )
-        return cards
+        return named_apart(cards)
 
     @model_validator(mode="after")
     def _understood(self) -> CurateSpec:
@@ -162,13 +179,7 @@ class CurateSpec(Model):
         for card in self.captioners:
             if not isinstance(card, CaptionerCard):
                 card.sampled(self.sampling)
-        units = {card.name: card.unit for card in self.filters}
-        if len(set(units.values())) > 1 and (self.decision == "mean" or self.thresholds):
-            listed = ", ".join(f"{name}: {unit}" for name, unit in units.items())
-            raise ValueError(
-                f"the filters' scores have unlike units ({listed}): no mean, and no threshold for all, has a meaning; "
-                "use decision: vote and leave thresholds to the cards"
-            )
+        require_one_unit(self.filters, "mean" if self.thresholds else self.decision)
         return self
 
     @property
