@@ -602,6 +602,8 @@ class CuratedDataset:
         configuration = {"delta.logRetentionDuration": _FOREVER, "delta.deletedFileRetentionDuration": _FOREVER}
         if table == ANNOTATIONS:
             configuration["delta.dataSkippingStatsColumns"] = ",".join(("reason", "detail", *PROVENANCE))
+        else:
+            configuration["delta.dataSkippingNumIndexedCols"] = "0"
         create = partial(
             DeltaTable.create,
             self._uri(table),

@@ -511,6 +511,7 @@ class _Driver:
         if sum(r.rows for r in receipts) == receipt.file_rows:
             complete = _Complete(shard_commit(receipts), sum((Counter(r.reasons) for r in receipts), Counter()))
             del self._receipts[receipt.shard]
+            self._footers.pop(receipt.shard, None)  # of a file that may be one of very many
             over = complete.shard.counts.errors > self.job.spec.max_error_fraction * complete.shard.rows
             over = over and receipt.stage is not Stage.WITHDRAW
             (self._held if over else self._ready).append(complete)
@@ -520,6 +521,7 @@ class _Driver:
         if self._paths[shard] not in self.summary.failures:
             self.summary.failures[self._paths[shard]] = message
             receipts = self._receipts.pop(shard, [])
+            self._footers.pop(shard, None)
             self._budget.lost_a_file(receipt for receipt in receipts if receipt.stage is not Stage.WITHDRAW)
             self.display.failed(shard, message)
 

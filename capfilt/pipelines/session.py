@@ -100,6 +100,14 @@ def connected(settings: Ray, cpus: int | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+        _close_logs()
+
+
+def _close_logs() -> None:
+    """Let go of Ray Data's log file. It would stay open, in the session that has ended, and take later runs' lines."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if type(handler).__name__ == "SessionFileHandler":
+            handler.close()  # it opens another one with its next line, in the session of then
 
 
 def _local(settings: Ray, cpus: int | None) -> dict[str, Any]:
