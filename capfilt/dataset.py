@@ -220,6 +220,7 @@ class CuratedDataset:
         self.options = dict(options)
         self._delta_options = delta_options(output, options)
         self._tables: dict[str, DeltaTable] = {}
+        self._numbers: dict[str, tuple[int, int]] = {}  # by table, a version and its transaction number: see _number
         self._transaction: int | None = None  # the number this writer builds on; None for a reader
 
     @classmethod
@@ -584,6 +585,7 @@ class CuratedDataset:
         if delta.schema() != _schema(table) or delta.metadata().partition_columns != [SHARD]:
             raise self._not_this(table, delta)
         self._tables[table] = delta
+        self._numbers.pop(table, None)
 
     def _not_this(self, table: str, delta: DeltaTable) -> DatasetError:
         """A table whose columns are not this version's is left as it is: its rows lack what new ones have."""
@@ -621,9 +623,18 @@ class CuratedDataset:
             persist(create)
 
     def _number(self, table: str) -> int:
-        """The transaction number of a table as loaded; the log may be read for it."""
-        with blamed(f"{self._uri(table)}: cannot be read"):
-            return self._tables[table].transaction_version(_APP) or 0
+        """The transaction number of a table as loaded.
+
+        deltalake reads the log for it, back to the last checkpoint, with a thread for every entry. So it is asked once
+        for a version, and not of those that this writer made.
+        """
+        delta = self._tables[table]
+        version, number = self._numbers.get(table, (None, 0))
+        if version != delta.version():
+            with blamed(f"{self._uri(table)}: cannot be read"):
+                version, number = delta.version(), delta.transaction_version(_APP) or 0
+            self._numbers[table] = version, number
+        return number
 
     def _write(self, table: str, intent: Mapping[str, Any], adds: Sequence[AddAction]) -> bool:
         """Commit an intent to one table, once: of its shards, what is not among `adds` goes, and what is there stays.
@@ -640,6 +651,7 @@ class CuratedDataset:
 
         def commit() -> bool:
             delta = self._tables[table]
+            before = delta.version()
             held = _actions(delta, intent["shards"])
             there, wanted = set(held["path"].to_pylist()), {add.path for add in adds}
             try:
@@ -658,6 +670,8 @@ class CuratedDataset:
                     ),
                 )
                 delta.update_incremental()
+                if delta.version() == before + 1:  # by this commit alone; where there was another, the log tells
+                    self._numbers[table] = before + 1, intent["transaction"]
                 return True
             except (DeltaError, OSError) as error:
                 self._load(table)
