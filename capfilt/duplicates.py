@@ -153,7 +153,12 @@ def _judge(
 
 _STEPS = ((1, 3), (1, 5), (2, 9))
 _TABLES = [(a, (a + b) % BYTES, (a + c) % BYTES) for a in range(BYTES) for b, c in _STEPS]
-"""Triples of a hash's bytes, spread evenly. Two pictures are compared where they agree in any of them."""
+"""Triples of a view's bytes of signs, spread evenly. Two pictures are compared where they agree in any of them, and in
+colour: to _SHADE levels, whose bounds lie elsewhere for each triple, so that few near pairs have one between them every
+time. Pictures that are nearly plain agree in all triples; colour parts them."""
+
+_SHADE = 32
+_MIXER = 0x9E3779B1  # 2^32 over the golden ratio: spreads a key's colour over its bits
 
 
 def _near(hash_IB: npt.NDArray[np.uint8], hashed_I: npt.NDArray[np.bool_], most_bits: int) -> dict[int, list[int]]:
@@ -164,26 +169,40 @@ def _near(hash_IB: npt.NDArray[np.uint8], hashed_I: npt.NDArray[np.bool_], most_
     """
     (known_K,) = np.nonzero(hashed_I)
     signs_KVW, colours_KVC = split(hash_IB[known_K])
+    shades_KV3 = np.rint(colours_KVC.reshape(*colours_KVC.shape[:2], 3, -1).mean(axis=3, dtype=np.float32))
+    views = _Views(signs_KVW, colours_KVC, shades_KV3.astype(np.uint8))
     with ThreadPoolExecutor(min(_THREADS, os.cpu_count() or 1)) as pool:  # numpy leaves the GIL
-        found = list(pool.map(lambda table: _near_by(table, signs_KVW, colours_KVC, most_bits), _TABLES))
+        found = list(pool.map(lambda table: _near_by(table, views, most_bits), range(len(_TABLES))))
     near: dict[int, list[int]] = defaultdict(list)
     for later, earlier in zip(*np.divmod(np.unique(np.concatenate(found)), max(1, len(known_K))), strict=True):
         near[int(known_K[later])].append(int(known_K[earlier]))
     return near
 
 
-def _near_by(
-    table: tuple[int, int, int],
-    signs_KVW: npt.NDArray[np.uint64],
-    colours_KVC: npt.NDArray[np.uint8],
-    most_bits: int,
-) -> Numbers:
-    """Pairs of near images that agree in a triple of bytes, the whole of one and a view of the other: [P] of
+@dataclass(frozen=True)
+class _Views:
+    """What images look like; shades are the mean red, green and blue of each view."""
+
+    signs_KVW: npt.NDArray[np.uint64]  # noqa: N815
+    colours_KVC: npt.NDArray[np.uint8]  # noqa: N815
+    shades_KV3: npt.NDArray[np.uint8]  # noqa: N815
+
+    def keys(self, table: int) -> npt.NDArray[np.int32]:
+        """[V, K]: what two views must have in common to be compared, in 24 bits."""
+        byte_KVB = self.signs_KVW.view(np.uint8).reshape(*self.signs_KVW.shape[:2], BYTES)
+        a, b, c = (byte_KVB[:, :, at].astype(np.int32) for at in _TABLES[table])
+        moved_KV3 = (self.shades_KV3 + np.uint16(table * _SHADE // len(_TABLES))) // np.uint16(_SHADE)
+        red, green, blue = (moved_KV3[:, :, channel].astype(np.uint32) for channel in range(3))
+        spread = ((red * 100 + green * 10 + blue) * np.uint32(_MIXER)) >> np.uint32(8)
+        return np.ascontiguousarray((((a << 16) | (b << 8) | c) ^ spread.astype(np.int32)).T)
+
+
+def _near_by(table: int, views: _Views, most_bits: int) -> Numbers:
+    """Pairs of near images of which the whole of one and a view of the other have the same key: [P] of
     (the later one x K + the earlier one)."""
+    signs_KVW, colours_KVC = views.signs_KVW, views.colours_KVC
     images = len(signs_KVW)
-    byte_KVB = signs_KVW.view(np.uint8).reshape(images, VIEWS, BYTES)
-    a, b, c = (byte_KVB[:, :, at].astype(np.int32) for at in table)
-    key_VK = np.ascontiguousarray(((a << 16) | (b << 8) | c).T)
+    key_VK = views.keys(table)
     by_key_K = np.argsort(key_VK[0], kind="stable")
     sorted_K = key_VK[0][by_key_K]
     (first,) = np.nonzero(np.diff(sorted_K, prepend=-1))

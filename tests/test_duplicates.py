@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -428,6 +429,19 @@ def test_plain_pictures_are_near_if_their_colours_are() -> None:
         assert near(plain[level], hashed(as_jpeg(Image.new("RGB", (75, 31), (level,) * 3), 50)), 0)
     assert not any(near(a, b, 16) for a, b in itertools.combinations(plain.values(), 2))
     assert len(perceptual_hash(np.zeros((1, 1, 3), np.uint8))) == SIZE
+
+
+def test_of_very_many_plain_pictures_each_is_found_again() -> None:
+    """They have the same signs; more than are compared by those alone."""
+    colours = list(itertools.product(range(10, 255, 40), repeat=3))
+    plain = [perceptual_hash(np.full((8, 8, 3), colour, np.uint8)) for colour in colours]
+    count = len(plain)
+    rows = [(generation, f"{generation}", n, f"{generation} {n}", 0) for generation in range(2) for n in range(count)]
+    twice = np.frombuffer(b"".join([*plain, *plain]), np.uint8).reshape(2 * count, SIZE)
+    both = replace(candidates(rows), hash_RB=twice, hashed_R=np.ones(2 * count, bool))
+    found = find_copies(both, Duplicates(near_bits=16))
+    assert not found.of("0")
+    assert {row: copy.row for row, copy in found.of("1").items()} == {n: n for n in range(count)}
 
 
 def test_near_copies_are_dropped_across_shards(make_spec: MakeSpec, tmp_path: Path) -> None:
