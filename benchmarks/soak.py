@@ -13,7 +13,9 @@ variable of the line, and the slope without that is given, too (`mb_in_all`).
 
 Targets: memory grows by less than 1 MB per 100,000 rows in the driver and in each worker; threads and open files do not
 grow; afterwards the driver has no more threads than after a first, short run but the one that each start of Ray leaves
-behind; no file is left over in the output or among the temporary files, Ray's own aside.
+behind; no file is left over in the output or among the temporary files, Ray's own aside. Open files are counted before
+and after (`open_files`): each `ray.init` and `ray.shutdown`, with nothing between them, leave one thread (now and then
+two), the log file of the session's driver and up to two sockets.
 """
 
 from __future__ import annotations
