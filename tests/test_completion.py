@@ -217,9 +217,8 @@ def test_in_bash(place: Path, line: str, expected: list[str]) -> None:
 
 
 def test_it_is_installed_in_bash(place: Path) -> None:
-    subprocess.run(
-        ["bash", "--norc", "-c", "capfilt --install-completion"], env=environment(place), timeout=60, check=True
-    )
+    script = "capfilt --install-completion; exit $?"  # of one command alone bash would make itself that command
+    subprocess.run(["bash", "--norc", "-c", script], env=environment(place), timeout=60, check=True)
     done = subprocess.run(
         ["bash", "-ic", "complete -p capfilt"], env=environment(place), capture_output=True, timeout=60, check=True
     )

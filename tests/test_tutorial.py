@@ -101,13 +101,16 @@ def masked(output: str) -> list[str]:
 
 def agree(shown: str, printed: str) -> bool:
     """Whether two masked lines say the same. Scores are rounded differently by other processors, and so may a
-    decision be: counts may differ by 2%, or by two."""
+    decision be: counts may differ by 2%, or by two; what has a fraction by 2%, or by 0.02."""
     number = r"\d[\d,]*(?:\.\d+)?"
     if re.sub(number, "0", shown) != re.sub(number, "0", printed):
         return False
-    pairs = zip(re.findall(number, shown), re.findall(number, printed), strict=True)
-    values = [(float(one.replace(",", "")), float(other.replace(",", ""))) for one, other in pairs]
-    return all(abs(one - other) <= max(2, 0.02 * abs(one)) for one, other in values)
+    for one, other in zip(re.findall(number, shown), re.findall(number, printed), strict=True):
+        value = float(one.replace(",", ""))
+        least = 0.02 if "." in one or "." in other else 2
+        if abs(value - float(other.replace(",", ""))) > max(least, 0.02 * abs(value)):
+            return False
+    return True
 
 
 def _free_ports() -> dict[str, str]:
