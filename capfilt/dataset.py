@@ -843,7 +843,10 @@ _ENDS = (
 def _annotation_adds(shard: ShardCommit) -> list[AddAction]:
     """Entries whose statistics tell the shard's state: its provenance is the min and max of constant columns, its kept
     rows are the nulls of `reason`, its errors the rows where `detail` is not null. They are as true for any reader that
-    skips files by them."""
+    skips files by them.
+
+    Entries that were committed before these two columns had bounds stay as they are: deltalake, asked for a `reason` or
+    a `detail`, passes over the rows of their files until their shards are committed again."""
     adds = []
     for file in shard.annotations:
         # A shard may hold files that an earlier run finished and did not live to commit.

@@ -112,8 +112,10 @@ def describe(spec: IngestSpec) -> Iterator[str]:
     for file, columns in look_at_lists(spec).items():
         kinds.setdefault((file.format, columns), []).append(file.path)
     for (format_, columns), paths in kinds.items():
-        found = f"url={columns.url} caption={columns.caption}"
+        found = f"url={columns.url} caption={columns.caption or '(none)'}"
         yield f"lists: {len(paths):,} of {format_}, {found}; the first is {paths[0]}"
+        if columns.caption is None:
+            yield "captions: no column has a usual name, so no row will have a text; name it with urls.caption_col"
     Store(spec.output, spec.output_options).check_settings(spec.settings)
     if spec.download.allow_private:
         yield "download.allow_private: the lists may have this machine's and its network's own addresses asked"

@@ -36,6 +36,21 @@ class LabelledImage:
 
 
 @dataclass(frozen=True, slots=True)
+class PairCounts:
+    """What is on record of a test set.
+
+    Attributes:
+        rows: read. Each is one of `texts`, or left out.
+        left_out: rows by capfilt.schema.Reason.
+    """
+
+    rows: int
+    images: int
+    texts: int
+    left_out: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
 class LabelledImages:
     """A test set: images in the order of their first rows, and what became of all rows.
 
@@ -52,6 +67,11 @@ class LabelledImages:
     def texts(self) -> int:
         """Texts of all images."""
         return sum(len(image.texts) for image in self.images)
+
+    @property
+    def counts(self) -> PairCounts:
+        """Of rows, images and texts."""
+        return PairCounts(self.rows, len(self.images), self.texts, self.left_out)
 
 
 def read_test_set(pairs: Input, limits: Images, only: Collection[str] | None = None) -> LabelledImages:

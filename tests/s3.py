@@ -46,6 +46,7 @@ class Fault(StrEnum):
     LOST = "done, and the connection reset before the answer"
     LATE_500 = "done, and answered with 500 InternalError"
     DENIED = "403 AccessDenied, nothing done"
+    SILENT = "done, and never answered: whoever asked can be killed at that very point"
 
     def befalls(self, request: Request) -> bool:
         """Whether a request can have it."""
@@ -57,7 +58,7 @@ class Fault(StrEnum):
         return request.method == "GET" if reads else request.method not in ("GET", "HEAD")
 
 
-PASSING = tuple(fault for fault in Fault if fault is not Fault.DENIED)
+PASSING = tuple(fault for fault in Fault if fault not in (Fault.DENIED, Fault.SILENT))
 """Those after which the same request, sent again, is as likely to do as any."""
 
 
@@ -137,6 +138,7 @@ class _Server(ThreadingHTTPServer):
             self.requests: Counter[str] = Counter()
             self.keys: Counter[str] = Counter()
             self.injected: list[tuple[Fault, str]] = []
+            self.silent: list[str] = []
 
     def befall(self, request: Request, signature: str) -> Fault | None:
         """Count a request, and draw its fault."""
@@ -185,6 +187,10 @@ class _Proxy(BaseHTTPRequestHandler):
                 status, headers, answer = self._ask(body)
             if fault is Fault.LOST:
                 self._reset()
+            elif fault is Fault.SILENT:
+                self.close_connection = True
+                self.server.silent.append(str(request))
+                self.connection.recv(1)  # till whoever asked hangs up
             elif fault is Fault.LATE_500:
                 self._refuse(500, "InternalError", "We encountered an internal error. Please try again.")
             else:
@@ -328,6 +334,12 @@ class S3:
     def injected(self) -> list[tuple[Fault, str]]:
         """Faults since the last reset, each with its request."""
         answer: list[tuple[Fault, str]] = self._answer("injected")
+        return answer
+
+    @property
+    def silent(self) -> list[str]:
+        """Requests since the last reset that were done, and that no one answers."""
+        answer: list[str] = self._answer("silent")
         return answer
 
     def files(self) -> Any:

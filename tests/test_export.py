@@ -10,10 +10,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ from capfilt.errors import DatasetError, InputError, SpecError
 from capfilt.export import driver
 from capfilt.export.choice import Caption, Choice, draw
 from capfilt.export.driver import ExportSummary, export
-from capfilt.export.folder import Folder
 from capfilt.export.shards import RowGroup, Shard, cut
 from capfilt.pipelines.curate import curate, in_process
 from capfilt.spec import (
@@ -393,28 +393,63 @@ def summary_shards(spec: ExportSpec) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["webdataset", "authors", "mds"])
 def test_killed_exports_come_to_the_same_bytes(curated: str, tmp_path: Path, form: str) -> None:
-    """Killed as the kernel kills, again and again, wherever it is."""
+    """Killed as the kernel kills, again and again: as files get their names, and at last as the directory would."""
     about = {"kind": "export", "dataset": curated, "format": form, "shard_rows": 1, "writers": 2}
     run(ExportSpec(**about, output=str(tmp_path / "whole")))  # type: ignore[arg-type]
-    spec = ExportSpec(**about, output=str(tmp_path / "out"))  # type: ignore[arg-type]
-    code = f"import capfilt; from capfilt.spec import ExportSpec; capfilt.run(ExportSpec(**{spec.model_dump()!r}))"
-    kills = 0
-    for wanted in (1, 9, 20, 35):
-        process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE)
-        while process.poll() is None:
-            done = len(list(Path(f"{spec.output}.incomplete/_export").glob("0*.json")))
-            if done >= wanted:
-                process.kill()
-                kills += process.wait() == -9
-        if process.stderr is not None:
-            process.stderr.close()
-    assert kills >= 2
+    output = tmp_path / "out"
+    for number in (1, 12, 25, None):
+        child = [sys.executable, "-c", KILLED, json.dumps({**about, "output": str(output)}), json.dumps(number)]
+        done = subprocess.run(child, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert not output.exists()
+    assert Path(f"{output}.incomplete", "manifest.json").exists()
+    spec = ExportSpec(**about, output=str(output))  # type: ignore[arg-type]
     assert run(spec).rows == len(pairs(curated))
     assert content(spec.output) == content(str(tmp_path / "whole"))
 
 
+KILLED = """
+import itertools, json, os, signal, sys
+import capfilt
+from capfilt.spec import ExportSpec
+
+about, number = map(json.loads, sys.argv[1:])
+renamed = itertools.count(1)
+
+def look(event, given):  # before it is done
+    if event == "os.rename" and (str(given[1]) == about["output"] or next(renamed) == number):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(look)
+capfilt.run(ExportSpec(**about))
+"""
+
+
+def test_files_that_were_removed_meanwhile_are_not_taken_to_be_there(
+    make: MakeExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(make(output=str(tmp_path / "whole")))
+    spec, real = make(), Path.replace
+
+    def but_the_manifest(path: Path, target: str) -> Path:
+        if Path(target).name == "manifest.json":
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "replace", but_the_manifest)
+    with pytest.raises(KeyboardInterrupt):
+        run(spec)
+    monkeypatch.undo()
+    Path(f"{spec.output}.incomplete", "00001.tar").unlink()
+    with pytest.raises(DatasetError, match=r"out\.incomplete: 00001\.tar was written and is gone"):
+        run(spec)
+    assert not Path(spec.output).exists()
+    assert run(spec).resumed == 0
+    assert content(spec.output) == content(str(tmp_path / "whole"))
+
+
 def test_another_export_does_not_take_up_what_one_left(make: MakeExport, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Folder, "publish", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(make())
     monkeypatch.undo()
@@ -465,35 +500,136 @@ def test_the_manifest_tells_the_truth(make: MakeExport) -> None:
 # --- stores ---
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_an_export_to_a_store_that_breaks_off_while_it_is_put_in_place(
-    make: MakeExport, curated: str, monkeypatch: pytest.MonkeyPatch, form: str
-) -> None:
+@pytest.fixture
+def bucket() -> Iterator[MemoryFileSystem]:
+    """A store in memory, where the test's bucket is `/bucket`."""
     fs = MemoryFileSystem()
-    spec = make(form, output="memory://bucket/export")
-    real, moves = Folder._move, []
+    yield fs
+    if fs.exists("/bucket"):
+        fs.rm("/bucket", recursive=True)
 
-    def up_to_the_third(folder: Folder, name: str) -> None:
-        moves.append(name)
-        if len(moves) > 3:
+
+def break_off(spec: ExportSpec, monkeypatch: pytest.MonkeyPatch, moves: int) -> None:
+    """Export to the store, until so many of its files are in their place."""
+    real, number = MemoryFileSystem.mv, itertools.count()
+
+    def up_to(fs: MemoryFileSystem, *given: Any) -> None:
+        if next(number) >= moves:
             raise KeyboardInterrupt
-        real(folder, name)
+        real(fs, *given)
 
-    try:
-        monkeypatch.setattr(Folder, "_move", up_to_the_third)
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "mv", up_to)
         with pytest.raises(KeyboardInterrupt):
             run(spec)
-        monkeypatch.undo()
-        assert fs.exists("/bucket/export")
-        assert not fs.exists("/bucket/export/manifest.json")
-        assert run(spec).rows == len(pairs(curated))
-        manifest = json.loads(fs.cat_file("/bucket/export/manifest.json"))
-        for file in manifest["files"]:
-            assert hashlib.sha256(fs.cat_file(f"/bucket/export/{file['path']}")).hexdigest() == file["sha256"]
-        assert not fs.find("/bucket/export.incomplete")
-        assert run(spec).nothing
-    finally:
-        fs.rm("/bucket", recursive=True)
+    assert not MemoryFileSystem().exists("/bucket/export/manifest.json")
+
+
+def check_store(bucket: MemoryFileSystem, spec: ExportSpec) -> None:
+    """All that the manifest lists is there, and nothing is left of the tries before."""
+    manifest = json.loads(bucket.cat_file("/bucket/export/manifest.json"))
+    assert manifest["asked"]["format"] == spec.format
+    for file in manifest["files"]:
+        assert hashlib.sha256(bucket.cat_file(f"/bucket/export/{file['path']}")).hexdigest() == file["sha256"]
+    if spec.format == "authors":
+        assert len(bucket.glob("/bucket/export/images/00*/*")) == manifest["asked"]["rows"]
+    assert not bucket.find("/bucket/export.incomplete")
+    assert run(spec).nothing
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_an_export_to_a_store_that_breaks_off_while_it_is_put_in_place(
+    make: MakeExport, bucket: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    if form == "litdata":
+        pytest.importorskip("litdata")
+    spec = make(form, output="memory://bucket/export")
+    break_off(spec, monkeypatch, moves=3)
+    assert len(bucket.find("/bucket/export")) == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "_open", None)  # nothing is written again
+        run(spec)
+    check_store(bucket, spec)
+
+
+@pytest.mark.parametrize(("form", "removed"), [("webdataset", "export"), ("authors", "export/images")])
+def test_what_was_put_in_place_and_then_removed_is_written_anew(
+    make: MakeExport, bucket: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch, form: str, removed: str
+) -> None:
+    """Someone sees half an export after a kill, and clears it away."""
+    spec = make(form, output="memory://bucket/export")
+    break_off(spec, monkeypatch, moves=3)
+    bucket.rm(f"/bucket/{removed}", recursive=True)
+    run(spec)
+    check_store(bucket, spec)
+
+
+def test_a_manifest_that_was_copied_and_not_removed(
+    make: MakeExport, bucket: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last move broke off in between: the export is complete, and what is left goes with the next try."""
+    spec = make(output="memory://bucket/export")
+    real = MemoryFileSystem.rm
+
+    def but_the_manifest(fs: MemoryFileSystem, path: Any, *given: Any, **more: Any) -> None:
+        if "manifest.json" in str(path):
+            raise KeyboardInterrupt
+        real(fs, path, *given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "rm", but_the_manifest)
+        with pytest.raises(KeyboardInterrupt):
+            run(spec)
+    assert bucket.find("/bucket/export.incomplete") == ["/bucket/export.incomplete/manifest.json"]
+    assert run(spec).nothing
+    check_store(bucket, spec)
+
+
+def test_what_broke_off_as_it_was_removed_is_not_taken_up(
+    make: MakeExport, bucket: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half an export, which another one's try was removing: the first is asked for again."""
+    spec = make("authors", output="memory://bucket/export")
+    opened, removed = MemoryFileSystem._open, MemoryFileSystem.rm_file
+
+    def but_the_last(fs: MemoryFileSystem, path: str, *given: Any, **more: Any) -> Any:
+        if path.endswith("README.md"):
+            raise KeyboardInterrupt
+        return opened(fs, path, *given, **more)
+
+    def up_to_a_list(fs: MemoryFileSystem, path: str) -> None:
+        removed(fs, path)
+        if "/pairs-" in path:
+            raise KeyboardInterrupt
+
+    for name, fault, tried in (
+        ("_open", but_the_last, spec),
+        ("rm_file", up_to_a_list, make("mds", output=spec.output)),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(MemoryFileSystem, name, fault)
+            with pytest.raises(KeyboardInterrupt):
+                run(tried)
+    assert bucket.find("/bucket/export.incomplete/images")
+    assert run(spec).resumed == 0
+    check_store(bucket, spec)
+
+
+@pytest.mark.parametrize("form", ["webdataset", "authors"])
+def test_taking_an_export_back_leaves_what_is_not_its_own(
+    make: MakeExport, bucket: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    break_off(make(form, output="memory://bucket/export"), monkeypatch, moves=3)
+    foreign = ["images/mine.jpg", "images/2024/000000000.jpg", "notes.txt"]
+    foreign += ["images/00000/000000000.jpg"] if form == "webdataset" else []
+    for name in foreign:
+        bucket.pipe_file(f"/bucket/export/{name}", b"mine")
+    spec = make("parquet", output="memory://bucket/export")
+    run(spec)
+    check_store(bucket, spec)
+    own = {file["path"] for file in json.loads(bucket.cat_file("/bucket/export/manifest.json"))["files"]}
+    there = {name.removeprefix("/bucket/export/") for name in bucket.find("/bucket/export")}
+    assert there == own | {"manifest.json", *foreign}
 
 
 # --- a trainer ---

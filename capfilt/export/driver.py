@@ -78,7 +78,8 @@ def export(spec: ExportSpec, console: Console | None = None) -> ExportSummary:
     """Write one version of a dataset; again, it resumes, or finds that all is there.
 
     Raises:
-        DatasetError: there is no such dataset or version, or it has no rows; or the output holds something else.
+        DatasetError: there is no such dataset or version, or it has no rows; the output holds something else; or files
+            that an earlier try wrote are gone.
         InputError: a file of the dataset cannot be read.
         SpecError: the format needs a package that is not installed.
         StoreError: the output cannot be written.
@@ -88,15 +89,18 @@ def export(spec: ExportSpec, console: Console | None = None) -> ExportSummary:
     folder = Folder(spec.output, spec.output_options)
     if (there := folder.complete()) is not None:
         refuse_another(there, wanted, spec.output)
+        folder.settle()
         return _summary(there, spec.output, nothing=True)
     manifest = folder.read(MANIFEST)
     resumed = 0
-    if manifest is None or manifest["asked"] != wanted:
-        if manifest is not None:
-            folder.take_back(manifest)  # another export broke off while it was put in its place
+    if manifest is not None and (manifest["asked"] != wanted or folder.lacking(manifest)):
+        folder.take_back(manifest)  # of another export, or not whole, it broke off while it was put in its place
+        folder.discard()
+        manifest = None
+    if manifest is None:
         written, resumed = _write(spec, shards, wanted, folder, console or Console(stderr=True))
         manifest = _put_on_record(spec, dataset, wanted, written, folder)
-    folder.publish()
+    folder.publish(manifest)
     return _summary(manifest, spec.output, resumed=resumed, elapsed=time.monotonic() - begin)
 
 

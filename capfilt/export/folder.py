@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import json
 import posixpath
+import re
 import uuid
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,9 @@ PROGRESS = "_export"
 """Of an incomplete export: what was asked for, and of each file that is whole what it holds."""
 
 IMAGES = "images"
-"""Of the formats that have image files of their own, which are not among the manifest's."""
+"""Of the authors' format, whose image files are not among the manifest's: one a row, in a folder a shard."""
 
+_IMAGE = re.compile(rf"{IMAGES}/\d{{5,}}/\d{{9,}}\.\w+")
 _SUFFIX = ".incomplete"
 _PART = ".part"
 _PART_BYTES = 16 * 2**20
@@ -148,9 +150,12 @@ class Folder:
             for part in Path(self._stage).rglob(f"*{_PART}"):
                 part.unlink()
 
-    def discard(self, path: str = "") -> None:
-        """Remove what an export that will not be completed left, or a folder of it."""
-        name = f"{self._stage}/{path}".rstrip("/")
+    def discard(self) -> None:
+        """Remove what an export that will not be completed left: what it has on record before what that tells of."""
+        self._discard(f"{self._stage}/{PROGRESS}")
+        self._discard(self._stage)
+
+    def _discard(self, name: str) -> None:
         with blamed(f"{self.output}{_SUFFIX}: cannot be removed"), contextlib.suppress(FileNotFoundError):
             persist(lambda: self._fs.rm(name, recursive=True))
 
@@ -169,9 +174,32 @@ class Folder:
             )
         return manifest
 
-    def publish(self) -> None:
-        """Put a complete export in its place; `_export/` goes. What a killed try of this left is finished."""
-        self.discard(PROGRESS)
+    def settle(self) -> None:
+        """Remove what a try left that was killed once all was in its place, its manifest copied and not yet removed."""
+        if not self._local:  # a renamed directory leaves nothing
+            self.discard()
+
+    def lacking(self, manifest: Mapping[str, Any]) -> str | None:
+        """A file that an export should have, and that is neither here nor in its place; None where it is whole."""
+        sizes = {**self._sizes(self._final), **self._sizes(self._stage)}  # what is here goes over what is there
+        for file in manifest["files"]:
+            if sizes.get(file["path"]) != file["bytes"]:
+                return str(file["path"])
+        images = sum(_is_image(path, manifest) for path in sizes)
+        return None if images >= _images(manifest) else f"{_images(manifest) - images:,} files of {IMAGES}/"
+
+    def publish(self, manifest: Mapping[str, Any]) -> None:
+        """Put a complete export in its place; `_export/` goes. What a killed try of this left is finished.
+
+        Raises:
+            DatasetError: files of it were removed; it stays where it is.
+        """
+        if lost := self.lacking(manifest):
+            raise DatasetError(
+                f"{self.output}{_SUFFIX}: {lost} was written and is gone, or has another size; what removed it? Run "
+                "again to write it all anew"
+            )
+        self._discard(f"{self._stage}/{PROGRESS}")
         with blamed(f"{self.output}: cannot be put in its place"):
             if self._local:
                 Path(self._stage).rename(self._final)  # also onto an empty directory
@@ -183,15 +211,15 @@ class Folder:
             self._move(last)
 
     def take_back(self, manifest: Mapping[str, Any]) -> None:
-        """Remove what a killed try had put in its place of an export that is not wanted any more.
+        """Remove what a killed try had put in its place of an export that is not wanted any more, or not whole.
 
         Its manifest stays with the incomplete export till the last: a try that is killed here does it again.
         """
         if self._local:  # in one step, or not at all
             return
         own = {file["path"] for file in manifest["files"]}
-        places = {name: name.removeprefix(f"{self._final}/") for name in self._files(self._final)}
-        moved = [name for name, path in places.items() if path in own or path.startswith(f"{IMAGES}/")]
+        there = self._sizes(self._final)
+        moved = [f"{self._final}/{path}" for path in there if path in own or _is_image(path, manifest)]
         if moved:
             with blamed(f"{self.output}: cannot be removed"), contextlib.suppress(FileNotFoundError):
                 persist(lambda: self._fs.rm(moved))
@@ -215,10 +243,26 @@ class Folder:
                 raise DatasetError(f"{self.output}: {posixpath.basename(name)} is not capfilt's: {error}") from error
         return content if isinstance(content, dict) else {}
 
-    def _files(self, folder: str) -> list[str]:
-        def find() -> list[str]:
+    def _sizes(self, folder: str) -> dict[str, int]:
+        """Bytes of every file of a folder, by its path in there."""
+        return {name.removeprefix(f"{folder}/"): size for name, size in self._files(folder).items()}
+
+    def _files(self, folder: str) -> dict[str, int]:
+        """Bytes of every file of a folder, by its name, in order."""
+
+        def find() -> dict[str, int]:
             self._fs.invalidate_cache()
-            return sorted(self._fs.find(folder))
+            return {name: about["size"] for name, about in sorted(self._fs.find(folder, detail=True).items())}
 
         with blamed(f"{self.output}: cannot be listed"):
             return persist(find)
+
+
+def _images(manifest: Mapping[str, Any]) -> int:
+    """Files that an export has beside those of its manifest."""
+    asked: Mapping[str, Any] = manifest["asked"]
+    return int(asked["rows"]) if asked["format"] == "authors" else 0
+
+
+def _is_image(path: str, manifest: Mapping[str, Any]) -> bool:
+    return bool(_images(manifest) and _IMAGE.fullmatch(path))

@@ -21,6 +21,7 @@ from capfilt.pipelines.parts import Parts
 from capfilt.pipelines.run_files import write_json
 from capfilt.quality import DatasetQuality, measure_quality
 from capfilt.spec import EvaluateSpec
+from capfilt.testset import PairCounts
 
 if TYPE_CHECKING:
     from capfilt.models.captions import Captioned
@@ -28,21 +29,6 @@ if TYPE_CHECKING:
     from capfilt.models.retrieval import Retrieved
 
 REPORT = "evaluation.json"
-
-
-@dataclass(frozen=True, slots=True)
-class PairCounts:
-    """The test set.
-
-    Attributes:
-        rows: read. Each is one of `texts`, or left out.
-        left_out: rows by capfilt.schema.Reason.
-    """
-
-    rows: int
-    images: int
-    texts: int
-    left_out: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)

@@ -229,12 +229,16 @@ class _Driver:
         summary.stale = len(stale)
 
     def _over(self, account: Account) -> str:
-        common = ", ".join(f"{message} {count:,}" for message, count in account.errors.most_common(5))
+        frequent = account.errors.most_common(5)
+        common = ", ".join(f"{message} {count:,}" for message, count in frequent)
+        refused = any("is not a public address" in message for message, _ in frequent)
+        own = "; if these addresses are your own, set download.allow_private" if refused else ""
         return (
             f"{account.failed:,} of {account.rows:,} URLs have no image, {account.failed / account.rows:.1%}: over "
             f"max_error_fraction = {self.spec.max_error_fraction:.1%}. Most often: {common}. All is on record, and "
             f"counted in {self.summary.output}/_ingest/report.json. If "
             "the network was at fault, run again: shards over it are fetched anew; if the list is, raise it"
+            f"{own}"
         )
 
     def _say(self, last: Fetched) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from capfilt.models.itm import ItmFilter
 
     LoadedCaptioner = BlipCaptioner | GeneratorCaptioner | EndpointCaptioner
+    LoadedFilter = ItmFilter | DualFilter
 
 
 class Captioner(Protocol):
@@ -130,7 +131,7 @@ def load_captioner(card: AnyCaptioner, sampling: Sampling, device: str) -> Loade
         return GeneratorCaptioner(card, sampling, device)
 
 
-def load_filter(card: AnyFilter, device: str) -> ItmFilter | DualFilter:
+def load_filter(card: AnyFilter, device: str) -> LoadedFilter:
     """Load a filter, of whatever kind; raises as :func:`load_models`."""
     with _named(card):
         if isinstance(card, FilterCard):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,14 +21,16 @@ from capfilt.models.measures import (
     score_samples,
     shuffled_pairs,
 )
-from capfilt.models.retrieval import K_TEST, retrieve
+from capfilt.models.retrieval import K_TEST, Retrieved, retrieve
 from capfilt.models.squares import prepared, squares
-from capfilt.pipelines.evaluate import PairCounts
 from capfilt.pipelines.job import load_captioner, load_filter
 from capfilt.pipelines.parts import Parts
 from capfilt.spec import AnyCaptioner, AnyFilter, EvaluateSpec, LocalCard
 from capfilt.testset import LabelledImage, LabelledImages, read_test_set
 from capfilt.truth import Judge, Labels, read_truth
+
+if TYPE_CHECKING:
+    from capfilt.pipelines.job import LoadedCaptioner, LoadedFilter
 
 BLIP_BEAMS = 3
 """Of BLIP's published captions of COCO."""
@@ -45,10 +47,7 @@ def measure_pairs(spec: EvaluateSpec, parts: Parts) -> dict[str, Any]:
     with parts.part("read", ", ".join(spec.pairs.paths)):
         judge = read_truth(spec.truth) if spec.truth else None
         pairs = read_test_set(spec.pairs, spec.images, _only(spec, judge))
-    found: dict[str, Any] = {
-        "device": device,
-        "pairs": PairCounts(pairs.rows, len(pairs.images), pairs.texts, pairs.left_out),
-    }
+    found: dict[str, Any] = {"device": device, "pairs": pairs.counts}
     measuring = _Measuring(spec, device, parts, pairs, judge)
     if spec.captioner is not None and spec.captioning is not None:
         found["captioning"] = measuring.captioning(spec.captioner)
@@ -66,7 +65,7 @@ def _only(spec: EvaluateSpec, judge: Judge | None) -> set[str] | None:
 class _Measuring:
     """The parts of it; each loads the model that it needs, unless the one before did."""
 
-    _held: tuple[AnyFilter, Any] | None
+    _held: tuple[AnyFilter, LoadedFilter] | None
 
     def __init__(
         self, spec: EvaluateSpec, device: str, parts: Parts, pairs: LabelledImages, judge: Judge | None
@@ -87,7 +86,7 @@ class _Measuring:
                 write = lambda pixels_BCSS, _: blip.describe(pixels_BCSS, beams)  # noqa: E731
             return caption_images(write, show, self._images, self._judge)
 
-    def retrieval(self, card: AnyFilter) -> Any:
+    def retrieval(self, card: AnyFilter) -> Retrieved:
         asked = self._spec.retrieval
         assert asked is not None
         filter_ = self._load(card)
@@ -122,20 +121,20 @@ class _Measuring:
             found["precision"] = compare_precision(scores["shuffled"][card.name], exact_N, card.thresholds.web)
         return found
 
-    def _scores(self, card: AnyFilter, samples: Any, part: str) -> list[Floats]:
+    def _scores(self, card: AnyFilter, samples: Iterable[Sample], part: str) -> list[Floats]:
         filter_ = self._load(card)
         what = self._size if part == "calibration" else f"against {card.dtype}"
         with self._parts.part(part, what) as say, _blamed_on(card):
-            return score_samples(filter_, self._show(filter_, 1, say), list[Sample](samples))
+            return score_samples(filter_, self._show(filter_, 1, say), list(samples))
 
-    def _load(self, card: AnyFilter) -> Any:
+    def _load(self, card: AnyFilter) -> LoadedFilter:
         if self._held is None or self._held[0] != card:
             self._held = None  # one in memory at a time
             with self._parts.part("load", f"filter {card.name}"), _blamed_on(card):
                 self._held = card, load_filter(card, self._device)
         return self._held[1]
 
-    def _show(self, model: Any, times: int, say: Callable[[str], None]) -> _Show:
+    def _show(self, model: LoadedCaptioner | LoadedFilter, times: int, say: Callable[[str], None]) -> _Show:
         return _Show(self._spec, model, self._images, times * len(self._images), say)
 
 
@@ -158,7 +157,12 @@ class _Show:
     """
 
     def __init__(
-        self, spec: EvaluateSpec, model: Any, images: Sequence[LabelledImage], total: int, say: Callable[[str], None]
+        self,
+        spec: EvaluateSpec,
+        model: LoadedCaptioner | LoadedFilter,
+        images: Sequence[LabelledImage],
+        total: int,
+        say: Callable[[str], None],
     ) -> None:
         self._limits, self._model, self._images = spec.images, model, images
         self._total, self._say, self._done = total, say, 0
