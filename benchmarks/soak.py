@@ -187,7 +187,9 @@ def strays(output: Path) -> list[str]:
         for table, folder in DIRECTORIES.items()
         for path in pa.table(dataset._tables[table].get_add_actions())["path"].to_pylist()
     }
-    known = re.compile(r".*_delta_log/.*|_runs/(lease|closed)/[^/]+|_runs/\d{8}T[^/]+/(run|summary)\.json")
+    known = re.compile(
+        r".*_delta_log/.*|_runs/(lease|closed)/[^/]+|_runs/\d{8}T[^/]+/(run\.json|summary\.json|report\.html)"
+    )
     files = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
     return sorted(file for file in files if file not in named and not known.fullmatch(file))
 

@@ -11,7 +11,7 @@ import re
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -33,10 +33,32 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"capfilt {version('capfilt')}")
+        raise typer.Exit
+
+
 _NO_MEMORY = (
     "there is not enough memory; what was finished is kept: take fewer actors, a smaller batch_size or fragment_rows, "
     "or a machine with more, and run again to resume"
 )
+
+
+@app.callback()
+def capfilt(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print capfilt's version and nothing else.", is_eager=True, callback=_version),
+    ] = False,
+) -> None:
+    """The command without a subcommand; its help is above."""
+    del version  # its callback has printed it
+
 
 for group in (run_commands, dataset_commands, job_commands, toy_commands):
     app.add_typer(group.commands)

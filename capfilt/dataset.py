@@ -565,6 +565,11 @@ class CuratedDataset:
         with blamed(f"{self.output}: cannot be looked at"):
             return persist(lambda: DeltaTable.is_deltatable(self._uri(ANNOTATIONS), self._delta_options))
 
+    def _is_ingest(self) -> bool:
+        fs, root = self._filesystem()
+        with blamed(f"{self.output}: cannot be looked at"):
+            return bool(persist(lambda: fs.exists(f"{root}/_ingest/report.json")))
+
     def _connect(self, table: str, version: int | None = None) -> DeltaTable:
         return persist(lambda: DeltaTable(self._uri(table), version=version, storage_options=self._delta_options))
 
@@ -574,7 +579,9 @@ class CuratedDataset:
             delta = self._connect(table)
         except TableNotFoundError as error:
             hint = "`capfilt run` with this output makes one"
-            if table != ANNOTATIONS and self._exists():
+            if self._is_ingest():
+                hint = "it is an ingest's: _ingest/report.json says what became of every URL; curate it into another"
+            elif table != ANNOTATIONS and self._exists():
                 hint = "the Delta table in annotations/ is another's, or this one was removed; give another output"
             raise DatasetError(f"{self._uri(table)}: no curated dataset there; {hint} ({one_line(error)})") from error
         except (DeltaError, OSError) as error:

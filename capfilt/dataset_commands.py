@@ -11,7 +11,7 @@ import typer
 
 from capfilt.arguments import DATASETS, Output, Version, examples, place_of
 from capfilt.completion import versions
-from capfilt.errors import CapfiltError
+from capfilt.errors import CapfiltError, DatasetError
 from capfilt.printing import print_dataset, print_diff, print_holder, print_runs
 from capfilt.terminal import err, say
 
@@ -123,14 +123,15 @@ def report(
 def diff(
     output: Output,
     before: Annotated[
-        int,
+        int | None,
         typer.Argument(
             metavar="V1",
-            help="Version of the annotations to begin with; `capfilt status` says the newest.",
+            help="Version of the annotations to begin with; the one that the run before left, if not given.",
             min=0,
+            show_default=False,
             autocompletion=versions,
         ),
-    ],
+    ] = None,
     after: Annotated[
         int | None,
         typer.Argument(
@@ -157,8 +158,15 @@ def diff(
     """
     from capfilt.dataset import CuratedDataset
     from capfilt.diff import ChangedRows, diff
+    from capfilt.records import earlier
 
     dataset = CuratedDataset.for_reading(*place_of(output))
+    if before is None:
+        before = earlier(
+            dataset.versions()["annotations"], [run.version for run in dataset.runs() if run.version is not None]
+        )
+        if before is None:
+            raise DatasetError(f"{dataset.output}: no run before the last is on record; name a version: V1")
     with ExitStack() as stack:
         sink = stack.enter_context(ChangedRows(rows)) if rows else None
         found = diff(dataset, before, after, sink.write if sink else None)

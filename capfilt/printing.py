@@ -214,6 +214,8 @@ def print_ingest(summary: IngestSummary) -> None:
         table.add_row(f"{count:,}", shown(f"{status} ({count / account.rows:.1%})"))
     for message, count in account.errors.most_common(10):
         table.add_row(f"{count:,}", shown(f"  {message}"))
+    if (more := len(account.errors) - 10) > 0:
+        table.add_row("", f"  and {more:,} more kinds of errors: {shown(summary.output)}/_ingest/report.json")
     out.print(table)
     if summary.fetched_shards:
         pace = f"{fetched.rows:,} URLs in {summary.elapsed:,.1f} s, {fetched.rows / summary.elapsed:,.1f}/s"

@@ -8,12 +8,13 @@ outcome and end. A run that died has the first only. A run that found nothing to
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from capfilt.holder import standing
+from capfilt.stores import blamed
 
 RUN, SUMMARY = "run.json", "summary.json"
 RUNNING, DIED = "running", "no end recorded"
@@ -53,10 +54,31 @@ class RunRecord:
         """Over the whole run, its start-up included."""
         return self.rows / self.seconds if self.seconds else None
 
+    @property
+    def version(self) -> int | None:
+        """Of the annotations, which the run left; None where that is not on record."""
+        version = self.details.get("versions", {}).get("annotations")
+        return version if isinstance(version, int) else None
+
     def as_json(self) -> dict[str, Any]:
         """For machines: these fields, then all others on record."""
         own = {name: value for name, value in asdict(self).items() if name != "details"}
         return {**own, "images_per_second": self.images_per_second, "details": dict(self.details)}
+
+
+def earlier(number: int, left: Sequence[int]) -> int | None:
+    """The version that the run before left; None if there was none.
+
+    Args:
+        number: a version. The run that made it left this one or a later one; or an earlier one, if there was only
+            maintenance since.
+        left: what each run left.
+    """
+    ends = sorted(set(left))
+    if not ends:
+        return None
+    maker = next((end for end in ends if end >= number), ends[-1])
+    return max((end for end in ends if 0 < end < min(number, maker)), default=None)
 
 
 def read_records(output: str, options: Mapping[str, Any], fs: Any, root: str, runs: Iterable[str]) -> list[RunRecord]:
@@ -68,7 +90,7 @@ def read_records(output: str, options: Mapping[str, Any], fs: Any, root: str, ru
     lease = standing(output, options)
     holder = None if lease.free else lease.holder
     alive = holder.run if holder and holder.lives() is not False else None
-    with ThreadPoolExecutor(_THREADS) as pool:
+    with blamed(f"{output}: the records of its runs cannot be read"), ThreadPoolExecutor(_THREADS) as pool:
         return list(pool.map(lambda run: _record(run, fs, f"{root}/_runs/{run}", alive), runs))
 
 

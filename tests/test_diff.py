@@ -123,6 +123,18 @@ def test_on_the_command_line(spec: CurateSpec, tmp_path: Path) -> None:
     assert "no row changed" in same.output
 
 
+def test_without_versions_the_run_before_is_compared_with(spec: CurateSpec) -> None:
+    runner = CliRunner()
+    refused = runner.invoke(app, ["diff", spec.output])
+    assert isinstance(refused.exception, DatasetError)
+    assert "name a version: V1" in str(refused.exception)
+    before = CuratedDataset.for_reading(spec.output, {}).versions()["annotations"]
+    run(spec.model_copy(update={"thresholds": Thresholds(web=0.999, synthetic=0.999)}))
+    said = runner.invoke(app, ["diff", spec.output])
+    assert said.exit_code == 0, said.output
+    assert said.output.startswith(f"version {before} -> ")
+
+
 def test_it_loads_neither_torch_nor_ray(spec: CurateSpec) -> None:
     first = run(spec).versions["annotations"]
     code = (

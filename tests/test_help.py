@@ -80,3 +80,8 @@ def test_examples_are_commands_that_parse(name: str) -> None:
         while hasattr(command, "commands"):
             command = command.commands[words.pop(0)]
         command.make_context("capfilt", words).close()
+
+
+def test_the_version_is_told() -> None:
+    done = CliRunner().invoke(app, ["--version"])
+    assert (done.exit_code, done.output) == (0, f"capfilt {version('capfilt')}\n")

@@ -39,7 +39,7 @@ from capfilt.report.gallery import choose_rows
 from capfilt.report.judged import truth_at
 from capfilt.report.page import MOST, PLOT_STYLE
 from capfilt.report.pictures import Budget, Pictures
-from capfilt.report.report import earlier
+from capfilt.records import earlier
 from capfilt.report.statistics import Statistics, measure, tallied
 from capfilt.report.tally import COLUMNS, Tally
 from capfilt.schema import ANNOTATION_FILE_SCHEMA, Source, Status

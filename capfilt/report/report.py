@@ -10,7 +10,7 @@ from typing import Any
 
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import DatasetError, InputError
-from capfilt.records import RunRecord
+from capfilt.records import RunRecord, earlier
 from capfilt.report.gallery import choose_rows
 from capfilt.report.judged import Judged, find_truth, judge_scores
 from capfilt.report.page import Page
@@ -104,7 +104,7 @@ def make_report(
         rows=rows,
         pictures=Pictures(dataset, number, now.rule.spec, options, budget).find(rows),
         gallery_bytes=limits.gallery_bytes,
-        runs=[record for record in records.values() if (_left(record) or 0) <= number][:RUNS],
+        runs=[record for record in records.values() if (record.version or 0) <= number][:RUNS],
         made=datetime.now(UTC),
     )
     return Report(page.html(), number, before.version if before else None, now.outcome.counts.rows)
@@ -135,7 +135,7 @@ def _before(
     """The version to compare with; or None, and why."""
     asked = against
     if against is None:
-        against = earlier(number, [left for record in records.values() if (left := _left(record)) is not None])
+        against = earlier(number, [left for record in records.values() if (left := record.version) is not None])
     if against is None:
         return None, "There is none: no run before this one is on record."
     try:
@@ -145,27 +145,6 @@ def _before(
         if asked is not None:
             raise
         return None, f"Version {against} cannot be read any more: {error}"
-
-
-def _left(record: RunRecord) -> int | None:
-    """The version that a run left."""
-    version = record.details.get("versions", {}).get("annotations")
-    return version if isinstance(version, int) else None
-
-
-def earlier(number: int, left: Sequence[int]) -> int | None:
-    """The version that the run before left; None if there was none.
-
-    Args:
-        number: a version. The run that made it left this one or a later one; or an earlier one, if there was only
-            maintenance since.
-        left: what each run left.
-    """
-    ends = sorted(set(left))
-    if not ends:
-        return None
-    maker = next((end for end in ends if end >= number), ends[-1])
-    return max((end for end in ends if 0 < end < min(number, maker)), default=None)
 
 
 # --- the truth ---

@@ -90,8 +90,8 @@ def load_curate_spec(path: str | Path, overrides: Sequence[str] = ()) -> CurateS
     spec = load_spec(path, overrides)
     if not isinstance(spec, CurateSpec):
         raise SpecError(
-            f"{path}: kind: this needs a `curate` spec, and it is a `{spec.kind}` spec; name another "
-            "file (`capfilt check` takes every kind)"
+            f"{path}: kind: this needs a spec of kind `curate`, and its kind is `{spec.kind}`; name another "
+            "file (`capfilt check` takes every kind, `capfilt plan` `ingest`, too)"
         )
     return spec
 
