@@ -88,7 +88,7 @@ def main() -> None:
 def _fail(error: Exception, message: str, code: int, tracebacks: Sequence[str] = (), hint: str = "") -> NoReturn:
     if logs.begun():
         kind, trace = type(error).__name__, "".join(tracebacks)
-        logs.event("failed", logging.ERROR, error=kind, message=message, exit_code=code, traceback=trace)
+        logs.event("failed", logging.ERROR, error=kind, message=message, hint=hint, exit_code=code, traceback=trace)
     else:
         for trace in tracebacks:
             say(trace.rstrip(), err)

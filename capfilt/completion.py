@@ -2,6 +2,9 @@
 
 Nothing is asked over a network, and neither torch, Ray nor Delta Lake is loaded. A file that cannot be read completes
 nothing: the command itself will say why. Each function takes what is typed so far of a value.
+
+Names of files and columns may be hostile, and what is offered becomes part of a command line: bash takes it as it is,
+and zsh evaluates what typer answers. So a value is offered only if no shell sees more than a word in it.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from capfilt.spec.reading import read_yaml
 Candidates = list[tuple[str, str]]
 """Values, and what is said of each."""
 
+_PLAIN = re.compile(r"(?!-)[\w./=:,@+%~-]+")  # nor is it taken for an option
 _TAKEN_APART = "_CAPFILT_COMPLETE_BEFORE"
 _COMMIT = re.compile(r"(\d{20})\.json")
 _KIND = re.compile(r"^kind:\s*([\w-]+)", re.MULTILINE)
@@ -59,11 +63,12 @@ def mend_bash_words(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _replacing(incomplete: str, candidates: Callable[[str], Iterable[tuple[str, str]]]) -> Candidates:
-    """Candidates for the whole value, without what a shell leaves as it is."""
+    """Candidates for the whole value that are plain, without what a shell leaves as it is."""
     before = os.environ.get(_TAKEN_APART, "")
-    with suppress(SpecError, OSError):
-        found = candidates(before + incomplete)
-        return [(value[len(before) :], _short(said)) for value, said in found if value.startswith(before + incomplete)]
+    typed = before + incomplete
+    with suppress(SpecError, OSError, ValueError):  # the last of a name with a NUL in it
+        plain = [(value, said) for value, said in candidates(typed) if _PLAIN.fullmatch(value)]
+        return [(value[len(before) :], _short(said)) for value, said in plain if value.startswith(typed)]
     return []
 
 

@@ -21,6 +21,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.utils import glob_translate
 
 from capfilt.errors import InputError
+from capfilt.remedies import remedy
 from capfilt.spec import Input
 from capfilt.stores import PAUSES, connect, one_line, pause, persist, transient
 
@@ -114,7 +115,9 @@ def _list_path(path: str, options: Mapping[str, Any]) -> dict[str, InputFile]:
         files = persist(lambda: _look(path, options))
     except InputError:
         raise
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if error.__cause__ is not None and remedy(error.__cause__):  # fsspec's, of a web server that did not answer
+            raise InputError(f"{path}: cannot be listed: {one_line(error.__cause__)}") from error
         raise InputError(
             f"{path}: no such file or directory; name one that is there (in a spec, relative to the spec's file)"
         ) from None
@@ -273,6 +276,17 @@ def _identity(fs: Any, name: str, info: Mapping[str, Any]) -> str:
         stamp = stamp.timestamp()
     moment = f"{stamp:.6f}" if isinstance(stamp, float) else str(stamp)
     return f"{info['size']}-{moment}"[:64]
+
+
+def renew(path: str) -> str:
+    """What a person does to have an input file curated from the start: under its name, give it another identity.
+
+    Under another name its shard would be a new one, beside the one there is. A store's ETag may be a hash of the bytes,
+    as S3's is, so that the same bytes written again change nothing.
+    """
+    if "://" in path:
+        return f"Write {path} anew with other bytes (its rows in another compression, say) to curate it anew"
+    return f"Touch {path} to curate it anew"
 
 
 def is_local(fs: Any) -> bool:

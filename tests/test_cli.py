@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -276,14 +277,25 @@ def test_an_output_that_a_worker_cannot_write_names_the_place(spec: Path) -> Non
 def test_what_a_disk_or_a_store_raises_is_one_line(error: str, line: str | None, hint: str | None) -> None:
     imports = "import deltalake.exceptions\nfrom capfilt.cli import app, main"
     code = f"{imports}\n@app.command()\ndef fail():\n    raise {error}"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{code}\nmain()", "fail"], capture_output=True, text=True, timeout=60, check=False
-    )
+    command = [sys.executable, "-c", f"{code}\nmain()", "fail"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 1
     if line is None:
         assert "Traceback" in done.stderr
     else:
         assert done.stderr.splitlines() == [line, hint]
+
+
+def test_a_log_in_json_says_what_to_do_too() -> None:
+    code = (
+        "from capfilt.cli import app, main\n@app.command()\ndef fail():\n    raise OSError(28, 'No space left', '/out')"
+    )
+    command = [sys.executable, "-c", f"{code}\nmain()", "fail"]
+    environment = {**os.environ, "CAPFILT_LOG_FORMAT": "json"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=environment)
+    assert done.returncode == 1
+    (event,) = map(json.loads, done.stderr.splitlines())
+    assert event["hint"] == "what was finished is kept; free some room there and run again to resume"
 
 
 def test_demo(spec: Path) -> None:

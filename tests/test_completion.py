@@ -118,14 +118,83 @@ def test_values_that_are_known_are_offered(
         "capfilt run odder.yaml --set input.columns.image=",
         "capfilt run pipelines/mine.yaml --set input.columns.url=h",
         "capfilt run nowhere/",
+        "capfilt run deep.yaml --set a",
+        "capfilt report deep.yaml --version ",
+        "capfilt report nul.yaml --version ",
     ],
 )
 def test_what_is_not_known_is_silence(place: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     monkeypatch.chdir(place)
     Path("broken.yaml").write_text("kind: [")
+    Path("deep.yaml").write_text("kind: " + "[" * 5000)
+    Path("nul.yaml").write_text('output: "a\\0b"\n')
     Path("odd.yaml").write_text("kind: curate\ninput: data\n")
     Path("odder.yaml").write_text("kind: curate\ninput: {paths: 7}\ncaptioners: 7\nfilters: [7]\n")
     assert "".join(complete(line)) == ""
+
+
+HOSTILE = (
+    *(
+        "\\$(touch X)",
+        "$(touch X)",
+        "`touch X`",
+        "\\`touch X\\`",
+        "a;touch X",
+        "a'$(touch X)'",
+        'a"$(touch X)"',
+        "${X}",
+    ),
+    *(
+        "a b",
+        "a\nb",
+        "a\x1b[2J",
+        "a\tb",
+        "a\\",
+        "a(b)",
+        "a[1]",
+        "a{b,c}",
+        "a*",
+        "a?",
+        "a!b",
+        "a#",
+        "a^b",
+        "a|b",
+        "a&b",
+        "a<b",
+    ),
+    "a\u202eb",
+)
+
+
+@pytest.fixture
+def hostile(place: Path) -> Path:
+    """`place`, with columns and datasets of names that are more than a word to a shell; `plain` is among them."""
+    columns = {name: [b""] for name in (*HOSTILE, "plain")}
+    pq.write_table(pa.table(columns), place / "data" / "0.parquet")
+    for name in (*HOSTILE, "plain"):
+        (place / "all" / f"ds{name}" / "annotations" / "_delta_log").mkdir(parents=True)
+    (place / "all" / "--install-completion" / "annotations" / "_delta_log").mkdir(parents=True)
+    return place
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])
+def test_only_plain_names_are_offered(hostile: Path, monkeypatch: pytest.MonkeyPatch, shell: str) -> None:
+    monkeypatch.chdir(hostile)
+    forms = {"zsh": """_arguments '*: :(("{}"))'""", "powershell": "{}::: "}
+    for line, value in (
+        (f"{SET}input.columns.image=", "input.columns.image=plain"),
+        ("capfilt status all/ds", "all/dsplain"),
+    ):
+        words = line.split(" ")
+        monkeypatch.setenv("COMP_WORDS", "\n".join(words))
+        monkeypatch.setenv("COMP_CWORD", str(len(words) - 1))
+        monkeypatch.setenv("_TYPER_COMPLETE_WORD_TO_COMPLETE", words[-1])
+        (answer,) = complete(line, shell)
+        answer = answer.replace(':"a curated dataset"', "").replace(":::a curated dataset", "::: ")
+        assert answer == forms.get(shell, "{}").format(value)
+    assert "".join(complete("capfilt status all/ds$", "fish")) == ""
+    monkeypatch.chdir(hostile / "all")
+    assert complete("capfilt status ") == ["dsplain"]  # and no option
 
 
 def test_completion_loads_nothing_heavy(place: Path) -> None:
@@ -257,10 +326,9 @@ zpty -d z
 """
 
 
-@pytest.mark.skipif(not shutil.which("zsh"), reason="no zsh on this machine")
-def test_in_zsh(place: Path) -> None:
-    """In a terminal of its own: zsh completes where a person types."""
-    typed = shlex.quote(f"{SET}decision=v\t\x0f")  # Tab, then the key that prints the line
+def in_zsh(place: Path, line: str) -> str:
+    """What a terminal of zsh's own shows where a person types a line and presses Tab."""
+    typed = shlex.quote(f"{line}\t\x0f")  # Tab, then the key that prints the line
     done = subprocess.run(
         ["zsh", "-f"],
         input=ZSH.format(line=typed),
@@ -271,4 +339,22 @@ def test_in_zsh(place: Path) -> None:
         timeout=60,
         check=True,
     )
-    assert f"line<{SET}decision=vote >" in done.stdout, done.stdout
+    return done.stdout
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="no zsh on this machine")
+def test_in_zsh(place: Path) -> None:
+    shown = in_zsh(place, f"{SET}decision=v")
+    assert f"line<{SET}decision=vote >" in shown, shown
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="no zsh on this machine")
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [(f"{SET}input.columns.image=", "plain "), ("capfilt status all/ds", "plain")],
+    ids=["column", "dataset"],
+)
+def test_zsh_runs_no_name(hostile: Path, line: str, completed: str) -> None:
+    shown = in_zsh(hostile, line)
+    assert f"line<{line}{completed}" in shown, shown
+    assert not list(hostile.rglob("X"))

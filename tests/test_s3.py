@@ -28,7 +28,7 @@ from capfilt.dataset import DIRECTORIES, CuratedDataset
 from capfilt.errors import CapfiltError, ConflictError, DatasetError, InputError, StoreError
 from capfilt.fragments import Fragment
 from capfilt.holder import FOLDER
-from capfilt.inputs import list_inputs
+from capfilt.inputs import list_inputs, renew
 from capfilt.pipelines.curate import Execute, Summary, curate, in_process
 from capfilt.pipelines.worker import Job, LoadModels
 from capfilt.receipts import Receipt
@@ -74,6 +74,42 @@ def spec(make_spec: MakeSpec, s3: S3, web: str, tmp_path: Path) -> CurateSpec:
 
 def run(spec: CurateSpec, execute: Execute | None = in_process) -> Summary:
     return curate(spec, load=load_hash, execute=execute, console=Console(file=io.StringIO()))
+
+
+def test_an_object_is_curated_anew_once_it_has_other_bytes(spec: CurateSpec, s3: S3, tmp_path: Path) -> None:
+    url, table = (
+        f"data/anew/{tmp_path.name}/0.parquet",
+        pa.table({"jpg": [jpeg(n) for n in range(3)], "txt": ["a"] * 3}),
+    )
+    spec = spec.model_copy(update={"input": Input(paths=(f"s3://{url}",), storage_options=s3.options)})
+
+    def put(compression: str) -> None:
+        with s3.files().open(url, "wb") as file:
+            pq.write_table(table, file, compression=compression)
+
+    put("snappy")
+    assert run(spec).shards == 1
+    put("snappy")
+    assert run(spec).shards == 0, "another time stamp is no change to S3, whose ETag is of the bytes"
+    assert (
+        renew(f"s3://{url}")
+        == f"Write s3://{url} anew with other bytes (its rows in another compression, say) to curate it anew"
+    )
+    put("zstd")
+    assert run(spec).shards == 1
+    assert len(rows(spec)) == 3
+    s3.files().mv(url, url.replace("/0.", "/1."))
+    moved = spec.model_copy(
+        update={"input": Input(paths=(f"s3://{url.replace('/0.', '/1.')}",), storage_options=s3.options)}
+    )
+    assert run(moved).shards == 1
+    assert len(rows(moved)) == 6, "under another name it is another shard"
+
+
+def test_a_bucket_that_is_not_there(s3: S3) -> None:
+    for path in ("s3://nowhere/x.parquet", "s3://nowhere/*.parquet"):
+        with pytest.raises(InputError, match=r"cannot be listed: .*; make the bucket, or mend its name"):
+            list_inputs(Input(paths=(path,), storage_options=s3.options))
 
 
 def rows(spec: CurateSpec, table: str = "annotations") -> list[dict[str, Any]]:

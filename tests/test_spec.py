@@ -220,6 +220,7 @@ def test_set_reaches_into_cards_and_reads_yaml(spec_file: Path) -> None:
         ("filters=7", "filters: expected a list (got 7)"),
         ("nonsense", "write it as path=value"),
         ("kind=[", "not valid YAML"),
+        ("kind=" + "[" * 5000, "the value is not valid YAML: lists or mappings lie in each other hundreds deep"),
         ("output.x=1", "output is 'out', not a mapping"),
         ("captioners.0.role=filter", "captioners.0.role: Input should be 'captioner'"),
         (
@@ -233,6 +234,13 @@ def test_what_is_wrong_is_named(spec_file: Path, override: str, message: str) ->
     with pytest.raises(SpecError) as caught:
         load_spec(spec_file, [override])
     assert message in str(caught.value)
+
+
+def test_a_file_of_lists_within_lists_is_no_bug(tmp_path: Path) -> None:
+    file = tmp_path / "deep.yaml"
+    file.write_text("a: " + "[" * 5000 + "]" * 5000)
+    with pytest.raises(SpecError, match=r"deep.yaml: not valid YAML: lists or mappings lie in each other"):
+        load_spec(file)
 
 
 @pytest.mark.parametrize(

@@ -18,20 +18,29 @@ MESSAGES = [found[2] for found in re.finditer(r"\*\*(`+) ?(.+?) ?\1\*\*", PAGE)]
 ANY = "…"
 
 
-def templates() -> set[str]:
-    """Every text of the package, with `…` where a value is put in."""
-    found = set()
-    for path in (ROOT / "capfilt").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.JoinedStr):
-                parts = (part.value if isinstance(part, ast.Constant) else ANY for part in node.values)
-                found.add("".join(map(str, parts)))
-            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-                found.add(re.sub(r"\{\w*\}", ANY, node.value))
+PROSE = {"help", "short_help", "epilog", "description"}
+
+
+def templates(source: str) -> set[str]:
+    """Every text of a module that may be said, with `…` where a value is put in: docstrings and help are not."""
+    found, tree = set(), ast.parse(source)
+    nodes = list(ast.walk(tree))
+    prose = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    prose |= {
+        id(inner) for node in nodes if isinstance(node, ast.keyword) and node.arg in PROSE for inner in ast.walk(node)
+    }
+    for node in nodes:
+        if id(node) in prose:
+            continue
+        if isinstance(node, ast.JoinedStr):
+            parts = (part.value if isinstance(part, ast.Constant) else ANY for part in node.values)
+            found.add("".join(map(str, parts)))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(re.sub(r"\{\w*\}", ANY, node.value))
     return found
 
 
-TEMPLATES = templates()
+TEMPLATES = {text for path in (ROOT / "capfilt").rglob("*.py") for text in templates(path.read_text())}
 
 
 def is_said(message: str) -> bool:
@@ -50,6 +59,8 @@ def test_a_message_that_no_one_says_is_found() -> None:
     assert len(set(MESSAGES)) == len(MESSAGES)
     assert not is_said("…: no such flie; …")
     assert not is_said("no such file; … no such file or directory")
+    assert not is_said("What to do, as a clause without a full stop"), "a docstring says nothing to a user"
+    assert not is_said("Leave a page for people in `_runs/<run>/report.html`"), "nor does a field's description"
 
 
 def test_every_class_of_errors_is_on_the_page_with_its_exit_code() -> None:

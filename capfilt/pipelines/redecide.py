@@ -25,7 +25,7 @@ from capfilt.decide import Text, withheld
 from capfilt.duplicates import Copy
 from capfilt.errors import DatasetError, InputError, StoreError
 from capfilt.fragments import read_footer, read_rows
-from capfilt.inputs import InputFile, Opened
+from capfilt.inputs import InputFile, Opened, renew
 from capfilt.pipelines.earlier import read_annotations, table_url, texts_of
 from capfilt.pipelines.job import Job
 from capfilt.pipelines.output import Output
@@ -104,7 +104,7 @@ def redecisions(
     if len(work) < len(files.annotations) or pairs or quarantine or unlike:
         raise DatasetError(
             f"shard {file.shard}: its pairs or quarantine are not in files of the same rows as its annotations: "
-            f"another tool rewrote them. Touch {file.path} to curate it anew"
+            f"another tool rewrote them. {renew(file.path)}"
         )
     return work
 
@@ -179,9 +179,7 @@ def _judge(job: Job, work: Redecision, out: Output, table: pa.Table) -> tuple[pa
                 verdicts, statuses[n], reasons[n] = rules.judge(texts, urls[n], unsafe[n])
             except ValueError as error:
                 where = f"{table_url(job, ANNOTATIONS, work.annotations.path)}: row {rows[n]}"
-                raise InputError(
-                    f"{where} cannot be judged: {error}. Touch {work.file.path} to curate it anew"
-                ) from error
+                raise InputError(f"{where} cannot be judged: {error}. {renew(work.file.path)}") from error
             if statuses[n] is Status.KEPT and (copy := copies.get(rows[n])):
                 statuses[n], reasons[n] = Status.DROPPED, copy.reason
                 originals[n] = {"shard": copy.shard, "row": copy.row}
@@ -250,7 +248,7 @@ def _image_of(row: int, pairs: Iterator[tuple[int, bytes]], job: Job, work: Rede
         if number == row:
             return image
     where = table_url(job, PAIRS, work.pairs.path) if work.pairs else work.name
-    raise InputError(f"{where}: row {row} is kept and is not there. Touch {work.file.path} to curate it anew")
+    raise InputError(f"{where}: row {row} is kept and is not there. {renew(work.file.path)}")
 
 
 def _pair_images(job: Job, work: Redecision) -> Iterator[tuple[int, bytes]]:

@@ -34,6 +34,7 @@ from capfilt.errors import CapfiltError, CheckpointError, EndpointError, ImageEr
 from capfilt.fingerprints import run_fingerprints
 from capfilt.fragments import Fragment, Row, read_rows
 from capfilt.images import decode
+from capfilt.inputs import renew
 from capfilt.models.preprocess import resize
 from capfilt.models.upload import Upload
 from capfilt.perceptual import perceptual_hash
@@ -473,4 +474,4 @@ def _check_image(fragment: Fragment, item: Item, before: _Before) -> None:
     number = item.row.row
     if item.sha256 is not None and number in before and before[number].sha256 != item.sha256:
         path = fragment.file.path
-        raise InputError(f"{path}: row {number} is not the image that was captioned. Touch {path} to curate it anew")
+        raise InputError(f"{path}: row {number} is not the image that was captioned. {renew(path)}")

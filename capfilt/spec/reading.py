@@ -43,6 +43,7 @@ KINDS: dict[str, type[RunSpec]] = {
     "ingest": IngestSpec,
     "export": ExportSpec,
 }
+_TOO_DEEP = "lists or mappings lie in each other hundreds deep; a spec's are a handful"
 _CARDS = ("captioner", "filter", "start")
 """Fields that hold a card, or its path."""
 
@@ -148,6 +149,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise SpecError(f"{path}: cannot be read: {error}; a spec or card is a text file, in UTF-8") from error
     except yaml.YAMLError as error:
         raise SpecError(f"{path}: not valid YAML: {error}") from error
+    except RecursionError:
+        raise SpecError(f"{path}: not valid YAML: {_TOO_DEEP}") from None
     if not isinstance(data, dict):
         raise SpecError(f"{path}: expected a mapping of fields, found {type(data).__name__}")
     return data
@@ -162,6 +165,8 @@ def _assign(data: dict[str, Any], override: str, base: Path) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise SpecError(f"--set {override}: the value is not valid YAML: {error}") from error
+    except RecursionError:
+        raise SpecError(f"--set {_short(override)}: the value is not valid YAML: {_TOO_DEEP}") from None
     node: Any = data
     for depth, key in enumerate(keys[:-1]):
         at = _place(node, key, keys[:depth], override)
