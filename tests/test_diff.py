@@ -125,6 +125,7 @@ def test_on_the_command_line(spec: CurateSpec, tmp_path: Path) -> None:
 
 def test_without_versions_the_run_before_is_compared_with(spec: CurateSpec) -> None:
     runner = CliRunner()
+    run(spec)
     refused = runner.invoke(app, ["diff", spec.output])
     assert isinstance(refused.exception, DatasetError)
     assert "name a version: V1" in str(refused.exception)

@@ -32,6 +32,7 @@ from capfilt.pipelines import leave_report
 from capfilt.pipelines.curate import Summary, in_process
 from capfilt.pipelines.job import Job, LoadModels
 from capfilt.receipts import Receipt
+from capfilt.records import earlier
 from capfilt.report import AT_END, Limits, Report, make_report, report
 from capfilt.report.captions import Captions, Counted, measure_captions
 from capfilt.report.drift import alarms, compare, shifts, stability_index
@@ -39,7 +40,6 @@ from capfilt.report.gallery import choose_rows
 from capfilt.report.judged import truth_at
 from capfilt.report.page import MOST, PLOT_STYLE
 from capfilt.report.pictures import Budget, Pictures
-from capfilt.records import earlier
 from capfilt.report.statistics import Statistics, measure, tallied
 from capfilt.report.tally import COLUMNS, Tally
 from capfilt.schema import ANNOTATION_FILE_SCHEMA, Source, Status
