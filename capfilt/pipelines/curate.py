@@ -625,8 +625,13 @@ def on_ray(job: Job, units: Iterator[Any], load: LoadModels) -> Generator[list[R
     Raises:
         CapfiltError: Ray cannot give one actor what the cards' placement asks for, or a worker raised.
     """
+    without_models = job.stage in (Stage.WITHDRAW, Stage.DECIDE)
+    if not without_models:
+        # Loads torch. Where it is loaded after Ray, in a job that has a working directory, MKL may end the process with
+        # "Cannot load libtorch_cpu.so" (exit code 2 or 139; torch 2.13, Ray 2.60).
+        import capfilt.pipelines.ray_worker  # noqa: F401
     with connected(job.spec.ray), interruptible():  # in this order: ray.init takes SIGTERM for itself
-        if job.stage in (Stage.WITHDRAW, Stage.DECIDE):
+        if without_models:
             yield from _run_tasks(job, units)
             return
         for window in _chunks(units, WINDOW):
