@@ -35,7 +35,7 @@ _CHUNK = 32_768
 """Images looked at a time: they are in at most _BUCKET times as many pairs. Bounds memory."""
 
 _THREADS = 4
-"""Each holds about 0.5 GB for a million images."""
+"""More take more memory: of a million images, two of them 1.7 GB at the peak (benchmarks/duplicates.py)."""
 
 NO_URL = 0
 

@@ -98,12 +98,11 @@ def _columns(batch: pa.RecordBatch, rules: Duplicates) -> dict[str, Any]:
         found["url_R"] = np.frombuffer(b"".join(url or bytes(8) for url in urls), np.uint64)
     if rules.near_bits is not None:
         hashes = batch["perceptual_hash"]
-        hashed_R = pc.equal(
-            pc.fill_null(pc.binary_length(hashes), 0), SIZE
-        )  # older shards' hashes may be of another kind
+        # Older shards' hashes may be of another kind.
+        hashed_R = pc.equal(pc.fill_null(pc.binary_length(hashes), 0), SIZE).to_numpy(zero_copy_only=False)
         data = b"".join(
-            value if ours else bytes(SIZE) for value, ours in zip(hashes.to_pylist(), hashed_R.to_pylist(), strict=True)
+            value if ours else bytes(SIZE) for value, ours in zip(hashes.to_pylist(), hashed_R, strict=True)
         )
         found["hash_RB"] = np.frombuffer(data, np.uint8).reshape(len(batch), SIZE)
-        found["hashed_R"] = hashed_R.to_numpy(zero_copy_only=False)
+        found["hashed_R"] = hashed_R
     return found
