@@ -23,6 +23,7 @@ from capfilt.spec import (
     RunSpec,
     Truth,
 )
+from capfilt.terminal import counted
 
 if TYPE_CHECKING:
     from capfilt.fragments import Layout
@@ -45,7 +46,7 @@ def look(loaded: RunSpec) -> Iterator[str]:
             from capfilt.withdrawn import read_lists
 
             lists = read_lists(loaded.withdrawn)
-            yield f"withdrawn: {len(lists.urls):,} URLs, {len(lists.keys):,} keys"
+            yield f"withdrawn: {counted(len(lists.urls), 'URL')}, {counted(len(lists.keys), 'key')}"
         yield from _check_cards(*loaded.cards.values())
         prints = run_fingerprints(loaded)
         yield f"fingerprints: caption {prints.caption}, score {prints.score}, decide {prints.decide}"
@@ -70,7 +71,8 @@ def look(loaded: RunSpec) -> Iterator[str]:
         from capfilt.examples import list_parts, oversized
 
         parts, versions = list_parts(loaded.data)
-        yield f"data: {sum(part.rows for part in parts):,} rows in {len({part.url for part in parts}):,} files"
+        rows, files = sum(part.rows for part in parts), len({part.url for part in parts})
+        yield f"data: {counted(rows, 'row')} in {counted(files, 'file')}"
         if said := oversized(parts):
             yield said
         yield from (f"dataset {dataset}: version {version} of its pairs" for dataset, version in versions.items())
@@ -87,7 +89,7 @@ def _check_input(source: Input, output: str | None = None) -> tuple[str, Layout]
         raise InputError(f"{NO_INPUT.format(output=output)}; name others")
     footer = read_footer(files[0], source.columns, source.storage_options)
     size = sum(file.size for file in files)
-    line = f"inputs: {len(files):,} files, {size:,} bytes; the first has {footer.rows:,} rows"
+    line = f"inputs: {counted(len(files), 'file')}, {size:,} bytes; the first has {counted(footer.rows, 'row')}"
     return line, footer.layout
 
 

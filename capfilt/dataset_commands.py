@@ -13,7 +13,7 @@ from capfilt.arguments import DATASETS, Output, Version, examples, place_of
 from capfilt.completion import versions
 from capfilt.errors import CapfiltError, DatasetError
 from capfilt.printing import print_dataset, print_diff, print_holder, print_runs
-from capfilt.terminal import err, say
+from capfilt.terminal import counted, err, say
 
 commands = typer.Typer()
 
@@ -30,8 +30,9 @@ def status(output: Output) -> None:
     from capfilt.holder import standing
 
     place = place_of(output)
-    print_dataset(CuratedDataset.for_reading(*place))
+    dataset = CuratedDataset.for_reading(*place)
     print_holder(standing(*place))
+    print_dataset(dataset)
 
 
 @commands.command(
@@ -111,7 +112,7 @@ def report(
     except OSError as error:
         raise CapfiltError(f"{file}: cannot be written: {error.strerror}; name another file with --to") from error
     compared = "" if made.against is None else f", compared with version {made.against}"
-    say(f"{file}: version {made.version} of {place}, {made.rows:,} rows{compared}")
+    say(f"{file}: version {made.version} of {place}, {counted(made.rows, 'row')}{compared}")
 
 
 @commands.command(
@@ -259,4 +260,4 @@ def vacuum(
     CuratedDataset.for_reading(place, options)  # which makes none, where the name is mistyped
     with Lease(place, options, "vacuum", say=lambda line: say(f"capfilt: {line}", err)):
         removed = CuratedDataset.for_writing(place, options).vacuum(retain_hours=hours)
-    say(f"{removed:,} files removed")
+    say(f"{counted(removed, 'file')} removed")

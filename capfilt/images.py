@@ -95,7 +95,7 @@ def _judged(data: bytes, limits: Images, judge: Callable[[str], T]) -> T:
     if not data:
         raise ImageError(Reason.EMPTY_IMAGE, "zero bytes")
     if len(data) > limits.max_bytes:
-        raise ImageError(Reason.TOO_MANY_BYTES, f"{len(data)} bytes, above images.max_bytes ({limits.max_bytes})")
+        raise ImageError(Reason.TOO_MANY_BYTES, f"{len(data)} bytes, above max_bytes ({limits.max_bytes})")
     format_ = image_format(data)
     _here.max_pixels = limits.max_pixels
     try:
@@ -283,7 +283,7 @@ def _check_pixels(size: tuple[int, int]) -> None:
     if max(size) > _MAX_SIDE:
         raise ImageError(Reason.TOO_MANY_PIXELS, f"{size[0]} x {size[1]} pixels claimed, a side above {_MAX_SIDE}")
     if size[0] * size[1] > limit:
-        detail = f"{size[0]} x {size[1]} pixels claimed, above images.max_pixels ({limit})"
+        detail = f"{size[0]} x {size[1]} pixels claimed, above max_pixels ({limit})"
         raise ImageError(Reason.TOO_MANY_PIXELS, detail)
 
 

@@ -11,6 +11,7 @@ from capfilt.errors import InputError
 from capfilt.lists import Columns, ListFile, columns_of, find_lists
 from capfilt.shard_store import STALE, Store
 from capfilt.spec import IngestSpec
+from capfilt.terminal import counted
 from capfilt.url_shards import ShardName, cut_lists
 
 SICK_SHARD = 100
@@ -52,14 +53,15 @@ class Plan:
 
     def lines(self) -> Iterator[str]:
         """For people."""
-        yield f"{self.rows:,} URLs in {self.files:,} lists"
+        yield f"{counted(self.rows, 'URL')} in {counted(self.files, 'list')}"
         left = self.shards - self.done
-        yield f"fetch {self.rows - self.done_rows:,} URLs, in {left:,} shards" if left else "nothing to fetch"
+        urls = counted(self.rows - self.done_rows, "URL")
+        yield f"fetch {urls}, in {counted(left, 'shard')}" if left else "nothing to fetch"
         if self.again:
-            yield f"of these, {self.again:,} shards again: too many of their URLs failed, or their files are damaged"
-        yield f"leave {self.done_rows:,} URLs, in {self.done:,} shards: on record"
+            yield f"of these, {counted(self.again, 'shard')} again: too many URLs failed, or files are damaged"
+        yield f"leave {counted(self.done_rows, 'URL')}, in {counted(self.done, 'shard')}: on record"
         if self.stale:
-            yield f"move {self.stale:,} shards to {STALE}/: the list no longer has their rows as they were"
+            yield f"move {counted(self.stale, 'shard')} to {STALE}/: the list no longer has their rows as they were"
 
 
 def unsettled(there: Mapping[ShardName, Account | None], fraction: float) -> set[ShardName]:

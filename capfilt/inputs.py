@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import difflib
 import glob
 import hashlib
 import os
@@ -35,6 +36,9 @@ SUFFIXES = (".parquet", ".tar", ".arrow")
 
 _CACHE = re.compile(r"(?:^|/)cache-[^/]*\.arrow$")
 """What Hugging Face's datasets leaves beside saved data: results of `map` and `filter`."""
+
+_LIST = re.compile(r"\.(?:csv|tsv|jsonl|ndjson)(?:\.(?:gz|bz2|xz|zst))?$", re.IGNORECASE)
+"""What img2dataset reads, and curation does not."""
 
 _REMOTE_BUFFER = 8 * 2**20
 _TAIL = 64 * 2**10
@@ -89,6 +93,11 @@ def list_inputs(spec: Input, exclude: str | None = None) -> list[InputFile]:
     found: dict[str, InputFile] = {}
     for path in spec.paths:
         files = _list_path(path, spec.storage_options)
+        if _LIST.search(path):
+            raise InputError(
+                f"{path}: a list of URLs, by its name, and not their images; fetch them with a spec of `kind: ingest`, "
+                "and name its output here"
+            )
         if not files:
             raise InputError(
                 f"{path}: no Parquet file there, nor a .tar or .arrow; input.paths takes files, globs and directories"
@@ -118,12 +127,25 @@ def _list_path(path: str, options: Mapping[str, Any]) -> dict[str, InputFile]:
     except FileNotFoundError as error:
         if error.__cause__ is not None and remedy(error.__cause__):  # fsspec's, of a web server that did not answer
             raise InputError(f"{path}: cannot be listed: {one_line(error.__cause__)}") from error
+        near = _nearest(path)
+        if near:
+            raise InputError(f"{path}: no such file or directory; did you mean {near}?") from None
         raise InputError(
             f"{path}: no such file or directory; name one that is there (in a spec, relative to the spec's file)"
         ) from None
     except Exception as error:  # every store raises its own kinds
         raise InputError(f"{path}: cannot be listed: {one_line(error)}") from error
     return {file.path: file for file in files}
+
+
+def _nearest(path: str) -> str | None:
+    """What is there by almost that name, of a local path."""
+    folder, name = os.path.split(path.rstrip("/"))
+    try:
+        near = difflib.get_close_matches(name, os.listdir(folder or "."), n=1, cutoff=0.75)
+    except OSError:  # no such folder, or a store's URL
+        return None
+    return os.path.join(folder, near[0]) if near else None
 
 
 def _look(path: str, options: Mapping[str, Any]) -> list[InputFile]:

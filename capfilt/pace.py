@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from capfilt.plan import Plan, Stage
 from capfilt.receipts import Receipt
 from capfilt.records import RunRecord
+from capfilt.terminal import counted
 
 NEWEST = 50
 """Runs on record that are looked through for their pace."""
+
+_STEADY_SECONDS = 5.0
+"""Of work after a stage's first fragment, from which on its pace says how long more of it takes."""
 
 
 @dataclass
@@ -47,11 +51,15 @@ class Pace:
         self.seconds = seconds
 
     @property
+    def steady(self) -> bool:
+        """Whether it worked for long enough to tell its pace."""
+        return self.rows > self.first_rows and self.seconds - self.first_seconds >= _STEADY_SECONDS
+
+    @property
     def rate(self) -> float | None:
-        """Rows a second once started, or from the beginning where one fragment was all; None if nothing was done."""
-        rows, seconds = self.rows - self.first_rows, self.seconds - self.first_seconds
-        if rows > 0 and seconds > 0:
-            return rows / seconds
+        """Rows a second: once started where it is steady, else from the beginning on; None if nothing was done."""
+        if self.steady:
+            return (self.rows - self.first_rows) / (self.seconds - self.first_seconds)
         return self.rows / self.seconds if self.rows and self.seconds > 0 else None
 
 
@@ -62,7 +70,8 @@ class Cost:
     Attributes:
         rows: of its shards; None where nothing says how many they are.
         exact: whether that is known; else it is what the others' rows in a byte make likely.
-        run, rate: the newest run on record that did anything at this stage, and its rows a second.
+        run, rate: the run on record whose pace is taken, and its rows a second.
+        steady: whether it worked for long enough to tell; else its start-up is in its rate.
     """
 
     stage: Stage
@@ -71,9 +80,14 @@ class Cost:
     exact: bool
     run: str | None
     rate: float | None
+    steady: bool = True
 
     def __str__(self) -> str:
-        rows = "rows not known yet" if self.rows is None else f"{'' if self.exact else 'about '}{self.rows:,} rows"
+        rows = (
+            "rows not known yet"
+            if self.rows is None
+            else f"{'' if self.exact else 'about '}{counted(self.rows, 'row')}"
+        )
         if self.rate is None:
             time = f"no run on record was at the {self.stage} stage, to tell how long that takes"
         elif self.rows is None:
@@ -81,7 +95,9 @@ class Cost:
         else:
             seconds = datetime.timedelta(seconds=math.ceil(self.rows / self.rate))
             time = f"about {seconds} once started, at {self.rate:,.1f} rows/s as in run {self.run}"
-        return f"restart at {self.stage}: {self.shards:,} shards, {rows}; {time}"
+            if not self.steady:
+                time = f"at most about {seconds}: run {self.run} was too short to tell its pace without its start-up"
+        return f"restart at {self.stage}: {counted(self.shards, 'shard')}, {rows}; {time}"
 
 
 def costs(plan: Plan, paces: Mapping[Stage, tuple[str, Pace]]) -> list[Cost]:
@@ -95,12 +111,16 @@ def costs(plan: Plan, paces: Mapping[Stage, tuple[str, Pace]]) -> list[Cost]:
             rows = None if plan.rows_per_byte is None else (rows or 0) + round(sum(unknown) * plan.rows_per_byte)
         run, pace = paces.get(stage, (None, None))
         if files:
-            found.append(Cost(stage, len(files), rows, not unknown, run, pace.rate if pace else None))
+            rate, steady = (pace.rate, pace.steady) if pace else (None, True)
+            found.append(Cost(stage, len(files), rows, not unknown, run, rate, steady))
     return found
 
 
 def last_paces(records: Iterable[RunRecord]) -> dict[Stage, tuple[str, Pace]]:
-    """By stage, the first of the runs, which are to be the newest first, that did anything there, and its pace."""
+    """By stage, the first of the runs, which are to be the newest first, that was steady there, and its pace.
+
+    Where none was, the first that did anything there.
+    """
     found: dict[Stage, tuple[str, Pace]] = {}
     for record in records:
         try:
@@ -108,6 +128,6 @@ def last_paces(records: Iterable[RunRecord]) -> dict[Stage, tuple[str, Pace]]:
         except (ValueError, TypeError, AttributeError):  # another version's: tells nothing
             continue
         for stage, pace in paces.items():
-            if pace.rate is not None:
-                found.setdefault(stage, (record.run, pace))
+            if pace.rate is not None and (stage not in found or (pace.steady and not found[stage][1].steady)):
+                found[stage] = record.run, pace
     return found

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Column, Table
 
 from capfilt.tables import report_table
-from capfilt.terminal import out, say, shown
+from capfilt.terminal import counted, say, show, shown
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,44 +41,46 @@ def print_summary(summary: Summary) -> None:
     if summary.outcome != "done" and not summary.shards and not summary.failures:
         return
     if not summary.shards and not summary.failures:
-        done = f"{summary.skipped:,} shards are up to date in {summary.output}"
+        done = f"{counted(summary.skipped, 'shard')} up to date in {summary.output}"
         say(f"nothing to do: {done if summary.skipped else NO_INPUT.format(output=summary.output)}")
         return
     counts, seconds = summary.counts, summary.elapsed
     rows = Table("rows", "", title=f"run {summary.run}", title_justify="left")
-    rows.add_row(f"{counts.rows:,}", f"in {summary.shards:,} shards, in {seconds:,.1f} s")
+    rows.add_row(f"{counts.rows:,}", f"in {counted(summary.shards, 'shard')}, in {seconds:,.1f} s")
     for name, count in (("kept", counts.kept), ("dropped", counts.dropped), ("errors", counts.errors)):
         rows.add_row(f"{count:,}", f"{name} ({count / max(1, counts.rows):.1%})")
     for reason, count in summary.reasons.most_common():
         if ":" not in reason and reason != "kept":
             rows.add_row(f"{count:,}", shown(f"  {reason}"))
-    out.print(rows)
+    show(rows)
     texts = Table("texts", "source", "verdict")
     for reason, count in sorted(summary.reasons.items()):
         if ":" in reason:
             texts.add_row(f"{count:,}", *map(shown, reason.split(":")))
     if texts.row_count:
-        out.print(texts)
+        show(texts)
     for stage, pace in summary.stages.items():
-        done = f"{pace.captions:,} captions written, {pace.images:,} images read"
+        done = f"{counted(pace.captions, 'caption')} written, {counted(pace.images, 'image')} read"
         copied = f", {pace.copied:,} copied from earlier pairs" if pace.copied else ""
-        say(f"restarted at {stage}: {pace.rows:,} rows; {done}{copied}")
+        say(f"restarted at {stage}: {counted(pace.rows, 'row')}; {done}{copied}")
     if summary.copies:
-        say(f"{summary.copies:,} rows of the dataset are dropped as copies of others")
+        say(f"dropped as copies of others: {counted(summary.copies, 'row')} of the dataset")
     if summary.skipped:
-        say(f"{summary.skipped:,} shards were up to date")
+        say(f"up to date: {counted(summary.skipped, 'shard')}")
     if summary.adopted_rows:
-        say(f"{summary.adopted_rows:,} rows were taken over from an interrupted run")
+        say(f"taken over from an interrupted run: {counted(summary.adopted_rows, 'row')}")
     for message in summary.failures.values():
         say(f"not curated: {message}")
     if summary.gone:
-        say(f"{summary.gone:,} shards are no longer among the inputs; their rows stay in the dataset")
+        say(f"no longer among the inputs: {counted(summary.gone, 'shard')}; their rows stay in the dataset")
     spent = sorted(summary.seconds.items(), key=lambda item: -item[1])
     stages = ", ".join(f"{name} {time:,.1f} s" for name, time in spent)
     if stages:
         say(f"stages, summed over workers: {stages}")
     if summary.busy is not None:
         say(f"the models were busy {summary.busy:.0%} of the time; the bottleneck: {summary.bottleneck}")
+    if "annotations" in summary.versions:
+        say(f"version: {summary.versions['annotations']}")
     if summary.report:
         say(f"report: {summary.output}/_runs/{summary.run}/{summary.report}")
     say_where(summary.output)
@@ -88,11 +90,12 @@ def print_dataset(dataset: CuratedDataset) -> None:
     """What a curated dataset holds."""
     states = dataset.committed().values()
     say(f"{dataset.output}: versions {', '.join(f'{name} {v}' for name, v in dataset.versions().items())}")
-    say(f"{len(states):,} shards, {sum(state.rows for state in states):,} rows")
+    say(f"{counted(len(states), 'shard')}, {counted(sum(state.rows for state in states), 'row')}")
     table = Table("rows", "status", "reason")
     for (state, reason), count in dataset.reasons().items():
         table.add_row(f"{count:,}", shown(state), shown(reason or ""))
-    out.print(table)
+    if table.row_count:
+        show(table)
     say_where(dataset.output)
 
 
@@ -109,20 +112,22 @@ def print_holder(lease: Standing) -> None:
 
 def print_runs(records: Sequence[RunRecord]) -> None:
     """Runs on record, the newest first."""
-    table = Table("run", "started", "outcome")
-    for column in ("took", "shards", "rows", "images/s", "errors", "GPU s", "CPU s"):
+    gpus = any(one.device_seconds.get("gpu_held") for one in records)
+    table = Table(Column("run", overflow="fold"), Column("version", justify="right"), "outcome")
+    for column in ("took", "shards", "rows", "images/s", "errors", *(["GPU s"] if gpus else []), "CPU s"):
         table.add_column(column, justify="right")
     for one in records:
         took = "" if one.seconds is None else str(timedelta(seconds=round(one.seconds)))
         speed = "" if one.images_per_second is None else f"{one.images_per_second:,.1f}"
-        cost = [one.device_seconds.get(name) for name in ("gpu_held", "cpu_held")]
+        cost = [one.device_seconds.get(name) for name in ("gpu_held", "cpu_held")[not gpus :]]
         table.add_row(
-            *map(shown, (one.run, one.started or "", one.outcome.partition(":")[0], took)),
+            *map(shown, (one.run, str(one.version or ""), one.outcome.partition(":")[0], took)),
             *(f"{count:,}" for count in (one.shards, one.rows)),
             *(speed, f"{one.errors:,}"),
             *("" if seconds is None else f"{seconds:,.0f}" for seconds in cost),
         )
-    out.print(table)
+    if table.row_count:
+        show(table)
     if not records:
         say("no run is on record")
 
@@ -130,7 +135,7 @@ def print_runs(records: Sequence[RunRecord]) -> None:
 def print_diff(found: Diff) -> None:
     """What changed between two versions."""
     shards = found.shards
-    say(f"version {found.before} -> {found.after}: {shards['before']:,} shards -> {shards['after']:,}")
+    say(f"version {found.before} -> {found.after}: {counted(shards['before'], 'shard')} -> {shards['after']:,}")
     say(f"{shards['changed']:,} of them differ in files; the others were not read")
     table = Table(Column("rows", justify="right"), "", title="what became of rows", title_justify="left")
     for change, rows in found.changes.most_common():
@@ -138,12 +143,12 @@ def print_diff(found: Diff) -> None:
     if not table.row_count:
         say("no row changed")
         return
-    out.print(table)
+    show(table)
     if found.outcomes:
         outcomes = Table(Column("rows", justify="right"), "before", "after")
         for (before, after), rows in found.outcomes.most_common():
             outcomes.add_row(f"{rows:,}", shown(before), shown(after))
-        out.print(outcomes)
+        show(outcomes)
 
 
 def say_where(output: str) -> None:
@@ -163,7 +168,7 @@ def print_training(summary: TrainSummary) -> None:
         if name in last:
             table.add_row(f"{name} loss, last step", f"{last[name]:.4f}")
     table.add_row("seconds", f"{summary.elapsed:,.1f}")
-    out.print(table)
+    show(table)
     for warning in summary.warnings:
         say(warning)
     for role, card in summary.cards.items():
@@ -173,22 +178,22 @@ def print_training(summary: TrainSummary) -> None:
 def print_evaluation(report: Report) -> None:
     """What an evaluation found."""
     for table in report_table(report.record()):
-        out.print(table)
+        show(table)
 
 
 def print_bootstrap(summary: BootstrapSummary) -> None:
     """The table of rounds and settings, and what each round made of the web."""
     records = [(str(result.round), result.setting, result.evaluation) for result in summary.results]
     models = _table(
-        "models, each pretrained anew and measured as it is",
+        "models, each pretrained anew and measured as it is (all times 100)",
         *("round", "texts", "TR@1", "IR@1", "TR@1 ITM", "IR@1 ITM", "CIDEr", "BLEU-4", "true and whole"),
     )
     for number, setting, found in records:
         retrieval, captioning = found.get("retrieval") or {}, found.get("captioning") or {}
         recalls = (_recall(retrieval, how, way) for how in ("itc", "itm") for way in ("image_to_text", "text_to_image"))
         captions = (captioning.get(name) for name in ("cider", "bleu4", "exact"))
-        models.add_row(number, setting, *map(_percent, (*recalls, *captions)))
-    out.print(models)
+        models.add_row(number, setting, *map(_times_100, (*recalls, *captions)))
+    show(models)
     webs = _table(
         "the web, curated",
         *("round", "web noise", "noise kept", "AUC web", "precision", "recall", "AUC synthetic", "precision", "kept"),
@@ -201,7 +206,7 @@ def print_bootstrap(summary: BootstrapSummary) -> None:
             numbers += [own.get(name) for name in ("roc_auc", "precision")]
             webs.add_row(number, *map(_percent, numbers), f"{dataset['kept']:,}")
     if webs.row_count:
-        out.print(webs)
+        show(webs)
     say(f"tables: {summary.output}/bootstrap.json; stages: {sum(summary.seconds.values()):,.0f} s of work")
 
 
@@ -209,21 +214,23 @@ def print_ingest(summary: IngestSummary) -> None:
     """What became of every URL of the lists."""
     account, fetched = summary.account, summary.fetched
     table = Table("URLs", "", title=f"run {summary.run}", title_justify="left")
-    table.add_row(f"{summary.rows:,}", f"in {summary.lists:,} lists; accounted for: {account.rows:,}")
+    table.add_row(f"{summary.rows:,}", f"in {counted(summary.lists, 'list')}; accounted for: {account.rows:,}")
     for status, count in account.statuses.most_common():
         table.add_row(f"{count:,}", shown(f"{status} ({count / account.rows:.1%})"))
     for message, count in account.errors.most_common(10):
         table.add_row(f"{count:,}", shown(f"  {message}"))
     if (more := len(account.errors) - 10) > 0:
         table.add_row("", f"  and {more:,} more kinds of errors: {shown(summary.output)}/_ingest/report.json")
-    out.print(table)
+    show(table)
     if summary.fetched_shards:
-        pace = f"{fetched.rows:,} URLs in {summary.elapsed:,.1f} s, {fetched.rows / summary.elapsed:,.1f}/s"
-        say(f"fetched {pace}: {summary.fetched_shards:,} shards, {summary.bytes / 2**20:,.1f} MiB")
+        pace = f"{counted(fetched.rows, 'URL')} in {summary.elapsed:,.1f} s, {fetched.rows / summary.elapsed:,.1f}/s"
+        say(f"fetched {pace}: {counted(summary.fetched_shards, 'shard')}, {summary.bytes / 2**20:,.1f} MiB")
     if summary.kept_shards:
-        say(f"{summary.kept_shards:,} shards were there")
+        say(f"there already: {counted(summary.kept_shards, 'shard')}")
     if summary.stale:
-        say(f"{summary.stale:,} shards, whose rows the list has no longer, were moved to {summary.output}/_stale")
+        say(
+            f"moved to {summary.output}/_stale, as the list has their rows no longer: {counted(summary.stale, 'shard')}"
+        )
     say(f"shards: {summary.output}; point input.paths of a `curate` spec there")
 
 
@@ -233,9 +240,9 @@ def print_export(summary: ExportSummary) -> None:
         say(f"nothing to do: {summary.output} holds this export already")
     else:
         again = f"; {summary.resumed:,} of them an earlier try had written" if summary.resumed else ""
-        say(f"{summary.files:,} files, {summary.bytes:,} bytes, in {summary.elapsed:,.1f} s{again}")
+        say(f"{counted(summary.files, 'file')}, {summary.bytes:,} bytes, in {summary.elapsed:,.1f} s{again}")
     texts = ", ".join(f"{count:,} {source}" for source, count in summary.sources.items())
-    say(f"{summary.rows:,} rows of version {summary.version} in {summary.output}; texts: {texts}")
+    say(f"{counted(summary.rows, 'row')} of version {summary.version} in {summary.output}; texts: {texts}")
 
 
 def print_demo(quality: DatasetQuality, found: Findings) -> None:
@@ -243,22 +250,22 @@ def print_demo(quality: DatasetQuality, found: Findings) -> None:
     rates = [("web texts", quality.sources["web"].noise_before), ("kept texts", quality.noise_after)]
     say("noise: texts that are not true of their picture")
     for name, rate in rates:
-        say(f"  {name:<11}{_bar(rate)} {_percent(rate)}%")
+        say(f"  {name:<11}{_bar(rate)} {_percent(rate)}")
     kinds = _table("web texts by what they are", "kind", "scored", "kept")
     for kind, (scored, kept) in found.kinds.items():
         kinds.add_row(str(kind), f"{scored:,}", f"{kept:,} ({kept / scored:.0%})")
-    out.print(kinds)
+    show(kinds)
     judged = _table("the filter's verdicts", "texts", "judged", "precision", "recall", "ROC AUC", "kept")
     for source, own in quality.sources.items():
         numbers = map(_percent, (own.precision, own.recall, own.roc_auc))
         judged.add_row(source, f"{own.judged:,}", *numbers, f"{own.kept:,}")
-    out.print(judged)
+    show(judged)
     rows = Table("web text is", "source", "text", "ITM", "kept", "true", title="some rows", title_justify="left")
     for sample in found.samples:
         for number, (source, text, itm, kept, true) in enumerate(sample.texts):
             name = "" if number else str(sample.kind)
             rows.add_row(name, source, shown(text), f"{itm:.3f}", "yes" if kept else "no", "yes" if true else "no")
-    out.print(rows)
+    show(rows)
 
 
 def _bar(rate: float | None, width: int = 40) -> str:
@@ -279,4 +286,8 @@ def _recall(retrieval: dict[str, Any], how: str, way: str) -> float | None:
 
 
 def _percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}%"
+
+
+def _times_100(value: float | None) -> str:
     return "" if value is None else f"{100 * value:.1f}"

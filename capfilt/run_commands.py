@@ -28,7 +28,7 @@ from capfilt.spec import (
     load_curate_spec,
     load_spec,
 )
-from capfilt.terminal import say
+from capfilt.terminal import counted, say
 
 if TYPE_CHECKING:
     from capfilt.pipelines.curate import Summary
@@ -78,17 +78,17 @@ def plan(spec: SpecFile, overrides: Overrides = None) -> None:
     work = plan_run(loaded, run_fingerprints(loaded))
     for why, count in work.reasons.items():
         size = sum(file.size for file, reason in work.todo if reason is why)
-        say(f"curate {count:,} shards{f' ({size:,} bytes)' if size else ''}: {why}")
+        say(f"curate {counted(count, 'shard')}{f' ({size:,} bytes)' if size else ''}: {why}")
     records = CuratedDataset(loaded.output, loaded.output_options).runs(NEWEST)
     for cost in costs(work, last_paces(records)):
         say(str(cost))
     if hits := work.withdrawals.hits:
-        say(f"withdraw {sum(map(len, hits.values())):,} rows of {len(hits):,} shards that are in the dataset")
-    say(f"leave {len(work.done):,} shards: up to date")
+        say(f"withdraw {counted(sum(map(len, hits.values())), 'row')} of {counted(len(hits), 'shard')} in the dataset")
+    say(f"leave {counted(len(work.done), 'shard')}: up to date")
     if work.moved:
-        say(f"{work.moved:,} files have moved and keep their shards")
+        say(f"moved: {counted(work.moved, 'file')}, shards kept")
     if work.gone:
-        say(f"keep {len(work.gone):,} shards that are no longer among the inputs")
+        say(f"keep {counted(len(work.gone), 'shard')}: no longer among the inputs")
     copies = loaded.duplicates and (work.todo or not CuratedDataset.settled_in(loaded.output, loaded.output_options))
     if copies:
         say("then look for copies among all rows, and decide those shards anew whose copies are others")

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from capfilt.terminal import shown
+from capfilt.terminal import counted, shown
 
 Record = Mapping[str, Any]
 
@@ -39,7 +39,9 @@ def _titled(title: str, *columns: str) -> Table:
 
 def _pairs(pairs: Record) -> Table:
     table = _titled("test pairs", "", "rows")
-    table.add_row(f"used: {pairs['images']:,} images, {pairs['texts']:,} texts", f"{pairs['texts']:,}")
+    table.add_row(
+        f"used: {counted(pairs['images'], 'image')}, {counted(pairs['texts'], 'text')}", f"{pairs['texts']:,}"
+    )
     for reason, count in pairs["left_out"].items():
         table.add_row(shown(f"left out: {reason}"), f"{count:,}")
     return table
@@ -47,8 +49,8 @@ def _pairs(pairs: Record) -> Table:
 
 def _captioning(found: Record) -> Table:
     table = _titled("captioning", "", "")
-    table.add_row("CIDEr", _percent(found["cider"]))
-    table.add_row("BLEU-4", _percent(found["bleu4"]))
+    table.add_row("CIDEr", _times_100(found["cider"]))
+    table.add_row("BLEU-4", _times_100(found["bleu4"]))
     table.add_row("words", f"{found['mean_words']:.1f}")
     table.add_row("different captions", f"{found['distinct']:,}")
     if found["judged"]:
@@ -61,10 +63,10 @@ def _captioning(found: Record) -> Table:
 
 def _retrieval(found: Record) -> Table:
     ways = {"image_to_text": "TR", "text_to_image": "IR"}
-    pools = f", {found['pools']:,} pools of {found['pool_images']:,}" if found["pools"] > 1 else ""
-    title = f"retrieval: {found['images']:,} images, {found['texts']:,} texts{pools}"
+    pools = f", {counted(found['pools'], 'pool')} of {found['pool_images']:,}" if found["pools"] > 1 else ""
+    title = f"retrieval: {counted(found['images'], 'image')}, {counted(found['texts'], 'text')}{pools}"
     if found["left_out_images"]:
-        title += f"; {found['left_out_images']:,} images left out"
+        title += f"; {counted(found['left_out_images'], 'image')} left out"
     columns = [(way, k) for way in ways for k in found["itc"][way]]
     table = _titled(title, "", *(f"{ways[way]}@{k}" for way, k in columns))
     rows = {"itc": "ITC", "itm": f"ITM, best {found['k_test']:,}"} if found["itm"] else {"itc": "similarity"}
@@ -74,7 +76,7 @@ def _retrieval(found: Record) -> Table:
 
 
 def _calibration(found: Record) -> Table:
-    title = f"filter: {found['matched']:,} pairs, {found['shuffled']:,} shuffled"
+    title = f"filter: {counted(found['matched'], 'pair')}, {found['shuffled']:,} shuffled"
     table = _titled(title, "", "")
     if found["problem"]:
         table.add_row("no threshold", shown(found["problem"]))
@@ -89,7 +91,7 @@ def _calibration(found: Record) -> Table:
 def _precision(found: Record) -> Table:
     table = _titled("the filter's decisions against float32's", "", "")
     table.add_row(f"decided otherwise, of {found['texts']:,} at {found['threshold']:.2f}", f"{found['flipped']:,}")
-    table.add_row("percent", f"{100 * found['fraction']:.2f}")
+    table.add_row("of all", f"{found['fraction']:.2%}")
     table.add_row("largest difference of a score", f"{found['largest']:.4f}")
     return table
 
@@ -123,7 +125,7 @@ def _add_thresholds(table: Table, label: str, found: Sequence[Record]) -> None:
     """Rows of thresholds, and of what each does; none where there is none."""
     if any(found):
         table.add_row(
-            shown(label), *("-" if own.get("threshold") is None else f"{own['threshold']:.4f}" for own in found)
+            shown(label), *("n/a" if own.get("threshold") is None else f"{own['threshold']:.4f}" for own in found)
         )
         for name in _OF_THRESHOLD:
             table.add_row(f"  its {_words(name)}", *(_percent(own.get(name)) for own in found))
@@ -155,5 +157,9 @@ def _words(name: str) -> str:
 
 
 def _percent(value: float | None) -> str:
-    """As papers print it: times 100."""
-    return "-" if value is None else f"{100 * value:.1f}"
+    return "n/a" if value is None else f"{100 * value:.1f}%"
+
+
+def _times_100(value: float) -> str:
+    """As papers print CIDEr and BLEU."""
+    return f"{100 * value:.1f}"

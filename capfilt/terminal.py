@@ -5,12 +5,15 @@ from __future__ import annotations
 import unicodedata
 
 from rich.console import Console
+from rich.table import Table
 from rich.text import Text
 
 from capfilt.redaction import redacted
 
 out = Console(soft_wrap=True)
 err = Console(stderr=True, soft_wrap=True)
+
+_WIDE = 1_000
 
 
 def escaped(text: str) -> str:
@@ -28,6 +31,17 @@ def _escape(character: str) -> str:
 def shown(text: str) -> Text:
     """A stranger's text as a table's cell or title: escaped, and no markup."""
     return Text(escaped(text))
+
+
+def show(table: Table) -> None:
+    """Print a table: folded to a terminal's width, and as wide as it needs to be in a file or a pipe."""
+    console = out if out.is_terminal else Console(file=out.file, width=_WIDE)
+    console.print(table, soft_wrap=False)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: `1 shard`, `2,400 shards`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def say(message: str, console: Console = out) -> None:

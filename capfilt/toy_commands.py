@@ -13,7 +13,7 @@ from capfilt.errors import CapfiltError, SpecError
 from capfilt.printing import print_dataset, print_demo
 from capfilt.run_commands import curate_here
 from capfilt.spec import Quality, Truth, load_curate_spec
-from capfilt.terminal import say
+from capfilt.terminal import counted, say
 
 commands = typer.Typer()
 
@@ -33,8 +33,10 @@ def toyweb(
     noise: Annotated[
         float, typer.Option(help="Fraction of the web's texts that are not true of their image.", min=0, max=1)
     ] = 0.8,
-    human: Annotated[int, typer.Option(help="Clean pairs to train on.", min=1)] = 4_000,
-    test: Annotated[int, typer.Option(help="Clean pairs to test with; 576 show every scene once.", min=1)] = 576,
+    human: Annotated[int, typer.Option(help="Clean pairs to train on; 0 for none.", min=0)] = 4_000,
+    test: Annotated[
+        int, typer.Option(help="Clean pairs to test with; 576 show every scene once, 0 for none.", min=0)
+    ] = 576,
     shards: Annotated[int, typer.Option(help="Parquet files of the web, at most one for each image.", min=1)] = 8,
     seed: Annotated[int, typer.Option(help="Seed of all that is drawn: the same one, the same web.", min=0)] = 0,
 ) -> None:
@@ -46,13 +48,15 @@ def toyweb(
 
     try:
         web = render(directory / "web", images=images, noise=noise, shards=shards, seed=seed)
-        render_clean(directory / "human", images=human, seed=2 * seed + 1)
-        render_clean(directory / "test", images=test, seed=2 * seed)
+        if human:
+            render_clean(directory / "human", images=human, seed=2 * seed + 1)
+        if test:
+            render_clean(directory / "test", images=test, seed=2 * seed)
     except ValueError as error:
         raise SpecError(f"toyweb: {error}") from None
     except FileExistsError as error:
         raise CapfiltError(str(error)) from None
-    say(f"{directory}: {web.images:,} pictures of the web, {human:,} clean pairs, {test:,} to test with")
+    say(f"{directory}: {counted(web.images, 'picture')} of the web, {human:,} clean pairs, {test:,} to test with")
 
 
 @commands.command(rich_help_panel=TOYS, epilog=examples("capfilt demo", "capfilt demo --images 600"))
@@ -85,13 +89,13 @@ def demo(
     web = Path(loaded.input.paths[0]).parent
     if not (web / "shards").exists():
         count = images or 2400
-        say(f"rendering {count:,} images of a small noisy web in {web}")
+        say(f"rendering {counted(count, 'image')} of a small noisy web in {web}")
         render(web, images=count, shards=_DEMO_SHARDS, seed=_DEMO_SEED)
     elif images is not None:
         source = loaded.input
         footers = (read_footer(file, source.columns, source.storage_options) for file in list_inputs(source))
         if (there := sum(footer.rows for footer in footers)) != images:
-            raise CapfiltError(f"{web} holds {there:,} images, not {images:,}; delete it to render it anew")
+            raise CapfiltError(f"{web} holds {counted(there, 'image')}, not {images:,}; delete it to render it anew")
     ran = curate_here(loaded)
     dataset = CuratedDataset.for_reading(loaded.output, loaded.output_options)
     if not ran.shards:  # what an earlier run did is to be seen as well

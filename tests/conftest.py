@@ -18,10 +18,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import settings
 from PIL import Image
 from s3 import S3
 
 from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, Input, LocalCheckpoint
+
+settings.register_profile("shared machine", deadline=None)  # a busy one is no fault of the code
+settings.load_profile("shared machine")
 
 # Nobody's own: of this process, and of the Ray that it starts.
 for setting in ("AWS_PROFILE", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN"):

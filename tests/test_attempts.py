@@ -80,7 +80,7 @@ def test_a_file_of_killers_is_given_up_in_bounded_time(fragment: tuple[Job, Frag
     assert deaths < 4 * LOST_ROWS_LIMIT + 20
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.sets(st.integers(0, 99), max_size=6))
 def test_any_few_killers_cost_themselves_only(fragment: tuple[Job, Fragment], rows: set[int]) -> None:
     receipts, _ = process(*fragment, rows)

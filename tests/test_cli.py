@@ -309,7 +309,7 @@ def test_demo(spec: Path) -> None:
         assert part in first.stdout
     again = capfilt("demo", spec)
     assert again.returncode == 0, again.stderr
-    assert "nothing to do: 6 shards are up to date" in again.stdout
+    assert "nothing to do: 6 shards up to date" in again.stdout
     assert "6 shards, 24 rows" in again.stdout
     assert f"dataset: {spec.parent}/out/pairs" in again.stdout
     other = capfilt("demo", spec, "--images", "30")

@@ -881,7 +881,7 @@ STEPS = st.lists(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
 def test_any_history_conserves_rows(tmp_path_factory: pytest.TempPathFactory, steps: Any) -> None:
     output = str(tmp_path_factory.mktemp("history") / "out")

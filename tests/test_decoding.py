@@ -141,7 +141,7 @@ def small(words: int, longest: int, shortest: int = 0) -> decoding.Rules:
     return decoding.Rules((1,), 0, torch.zeros(words, dtype=torch.bool), limits)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**31), length_penalty=st.sampled_from([-1.0, 0.0, 1.0, 2.0]), shortest=st.sampled_from([0, 2])
 )
@@ -165,7 +165,7 @@ def test_a_beam_as_wide_as_everything_finds_the_best(seed: int, length_penalty: 
         assert text == [token for token in best if token]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**31), words=st.integers(2, 9), shortest=st.integers(0, 4))
 def test_one_beam_is_greedy(seed: int, words: int, shortest: int) -> None:
     table, starts = tables(seed, words)

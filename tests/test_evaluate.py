@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, example, given, settings
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from sklearn import metrics
@@ -52,7 +52,6 @@ def hit(score_C: Array, right: set[int], k: int) -> bool:
     return bool(right & set(order[:k]))
 
 
-@settings(deadline=None)
 @given(retrievals(), st.integers(1, 8))
 def test_recall_is_counted_from_sorted_rows(case: tuple[Array, Array], k: int) -> None:
     score_IT, image_T = case
@@ -109,7 +108,6 @@ def test_bad_retrieval_arguments_are_named(arguments: dict[str, Any], message: s
         recall_at_k(**({"score_IT": np.eye(2), "image_of_text_T": [0, 1]} | arguments))
 
 
-@settings(deadline=None)
 @given(retrievals(st.integers(-999, 999).map(lambda n: n / 999), unique=True), st.integers(1, 4), st.integers(0, 99))
 def test_rerank_is_blips(case: tuple[Array, Array], k_test: int, seed: int) -> None:
     """salesforce/BLIP, train_retrieval.py: -100 everywhere, ITM logit + similarity for the topk, argsort; no ties."""
@@ -195,7 +193,6 @@ def test_words_are_the_java_tokenizers(expected: str, caption: str) -> None:
     assert words(caption) == expected.split()
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_any_text_has_words(text: str) -> None:
     assert all(word and not word.isspace() and word == word.strip() for word in words(text))
@@ -248,7 +245,6 @@ CAPTIONS = st.lists(WORDS, min_size=1, max_size=9).map(" ".join)
 CORPORA = st.lists(st.tuples(CAPTIONS, st.lists(CAPTIONS, min_size=1, max_size=4)), min_size=2, max_size=6)
 
 
-@settings(deadline=None)
 @given(CORPORA)
 @example([("a dog runs on grass", ["a dog runs on grass", "the dog"]), ("a", ["the cat runs on red grass"])])
 def test_bleu_and_cider_against_their_papers(corpus: list[tuple[str, list[str]]]) -> None:
@@ -353,7 +349,6 @@ def judged(draw: st.DrawFn) -> tuple[Array, Array]:
     return draw(scores), true
 
 
-@settings(deadline=None)
 @given(judged(), st.floats(-1, 1) | FEW_LEVELS)
 def test_filter_numbers_are_scikit_learns(case: tuple[Array, Array], threshold: float) -> None:
     score_N, true_N = case
@@ -422,7 +417,6 @@ def f1(good: Array, bad: Array, threshold: float) -> float:
 SCORES = st.lists(FEW_LEVELS | st.floats(0, 1), min_size=1, max_size=12).map(np.array)
 
 
-@settings(deadline=None)
 @given(SCORES, SCORES)
 def test_no_threshold_has_a_better_f1(good: Array, bad: Array) -> None:
     found = calibrate(good, bad)
@@ -432,7 +426,6 @@ def test_no_threshold_has_a_better_f1(good: Array, bad: Array) -> None:
     assert found == at_threshold(np.concatenate([good, bad]), true, found.threshold)
 
 
-@settings(deadline=None)
 @given(SCORES, SCORES, st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]))
 def test_the_limit_holds_and_no_threshold_within_it_keeps_more(good: Array, bad: Array, limit: float) -> None:
     tried = [t for t in {*good, *bad} if (bad >= t).mean() <= limit]

@@ -23,7 +23,7 @@ import pytest
 from conftest import jpeg, read, write_shard
 from deltalake import DeltaTable
 from fsspec.implementations.memory import MemoryFileSystem
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
@@ -286,7 +286,6 @@ def test_text_rules_of_a_dataset(make: MakeExport, curated: str, rule: str, more
 # --- which rows ---
 
 
-@settings(deadline=None)  # a busy machine is no fault
 @given(
     st.lists(st.tuples(st.integers(1, 40), st.integers(1, 5000)), max_size=12),
     st.integers(1, 8000),

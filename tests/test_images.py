@@ -549,7 +549,7 @@ def test_mutated_images_decode_or_are_refused_in_silence(name, capfd):
     assert captured.out + captured.err == ""
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     magic=st.sampled_from([data[:n] for data in FORMATS.values() for n in (4, 14, 26)]), tail=st.binary(max_size=300)
 )

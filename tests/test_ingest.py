@@ -231,7 +231,7 @@ def test_rows_that_left_the_list_are_kept_out_of_the_way(tmp_path: Path) -> None
     path = write_list(tmp_path / "lists" / "0.parquet", urls_of(*range(30)))
     run(spec)
     write_list(path, [*urls_of(*range(20)), *urls_of(*range(21, 30))])
-    assert "move 1 shards to _stale/: the list no longer has their rows as they were" in make_plan(spec).lines()
+    assert "move 1 shard to _stale/: the list no longer has their rows as they were" in make_plan(spec).lines()
     summary = run(spec)
     assert (summary.stale, summary.rows) == (1, 29)
     assert sorted(row["url"] for row in stored(spec.output)) == sorted(urls_of(*range(20), *range(21, 30)))

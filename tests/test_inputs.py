@@ -10,9 +10,10 @@ from conftest import MakeSpec, jpeg, write_shard
 from rich.console import Console
 from stubs import load_hash
 
-from capfilt.errors import ErrorBudgetError
+from capfilt.errors import ErrorBudgetError, InputError
+from capfilt.inputs import list_inputs
 from capfilt.pipelines.curate import Summary, curate, in_process
-from capfilt.spec import CurateSpec
+from capfilt.spec import CurateSpec, Input
 
 
 def run(spec: CurateSpec) -> Summary:
@@ -35,3 +36,15 @@ def test_a_symlink_to_nothing_costs_that_file_alone(make_spec: MakeSpec, tmp_pat
     (tmp_path / "blob").unlink()  # of a committed shard, too
     summary = run(make_spec(max_error_fraction=0.5))
     assert (summary.shards, summary.skipped, list(summary.failures), summary.gone) == (0, 3, [str(link)], 0)
+
+
+def test_the_nearest_name_is_said_and_a_list_of_urls_is_known(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    for named in (tmp_path / "shard", tmp_path / "shrads"):
+        with pytest.raises(InputError, match=rf"no such file or directory; did you mean {tmp_path / 'shards'}\?"):
+            list_inputs(Input(paths=(str(named),)))
+    with pytest.raises(InputError, match="no such file or directory; name one that is there"):
+        list_inputs(Input(paths=(str(tmp_path / "elsewhere"),)))
+    (tmp_path / "urls.csv.gz").touch()
+    with pytest.raises(InputError, match=r"urls.csv.gz: a list of URLs, by its name, .* a spec of `kind: ingest`"):
+        list_inputs(Input(paths=(str(tmp_path / "urls.csv.gz"),)))

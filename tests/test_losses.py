@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from torch import Tensor
@@ -159,7 +159,6 @@ def test_targets_of_a_table_to_check_by_eye() -> None:
     assert torch.equal(one_hot_targets(own, candidates), torch.tensor(expected))
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.lists(st.integers(-1, 4), max_size=6))
 def test_targets_are_distributions_over_the_rows_own_image(batch: list[int], queue: list[int]) -> None:
     candidates = batch + queue
@@ -225,7 +224,6 @@ def test_gradient_of_itc_is_prediction_less_target_and_none_to_the_teacher() -> 
             np.testing.assert_allclose(student[direction].grad[row].numpy(), slope, atol=1e-7)
 
 
-@settings(deadline=None)
 @given(contrasts(), ALPHAS)
 def test_itc_is_at_least_the_entropy_of_its_targets(case: tuple[Contrast, Contrast, Tensor], alpha: float) -> None:
     student, teacher, targets_BK = case
@@ -241,7 +239,6 @@ def test_itc_is_at_least_the_entropy_of_its_targets(case: tuple[Contrast, Contra
     assert agreed == pytest.approx(float(alone), abs=1e-5)
 
 
-@settings(deadline=None)
 @given(SEEDS, st.permutations(range(4)), TEMPERATURES, ALPHAS)
 def test_itc_does_not_depend_on_the_order_of_rows_or_queue(
     seed: int, order: list[int], temperature: float, alpha: float
@@ -271,7 +268,6 @@ def uniform(rows: int, candidates: int, seed: int) -> Tensor:
     return drawn.clamp(1e-7, 1 - 1e-7)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=2, max_size=7).filter(lambda ids: len(set(ids)) > 1), SEEDS)
 def test_a_negative_is_of_another_image_and_equal_noise_draws_the_same(ids: list[int], seed: int) -> None:
     logits_BM = torch.randn(len(ids), len(ids), generator=torch.Generator().manual_seed(seed)) * 10
@@ -395,7 +391,6 @@ def test_a_token_is_predicted_from_the_one_before_it() -> None:
     assert [pushed[n, place].item() for n, place in ((0, 2), (0, 3), (1, 2), (1, 5), (2, 2))] == [6, 2, 7, 2, 2]
 
 
-@settings(deadline=None)
 @given(arrays(np.float64, (2, 4, 6), elements=st.floats(-30, 30)), st.floats(0, 0.9))
 def test_lm_is_at_least_the_entropy_of_its_smoothed_targets(logits: Array, smoothing: float) -> None:
     text = [5, 1, 3, 2]

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_losses import numpy_itc, numpy_itm, numpy_lm, numpy_negatives, numpy_targets
 from torch import Tensor, nn
@@ -450,7 +450,6 @@ def test_a_queue_of_a_table_to_check_by_eye() -> None:
     assert torch.equal(queue.texts[:, 3], -queue.ids.float())
 
 
-@settings(deadline=None)
 @given(st.integers(1, 6), st.lists(st.integers(1, 13), max_size=6))
 def test_the_queue_holds_the_last_rows(rows: int, pushes: list[int]) -> None:
     queue, pushed = Queue(rows, 4, torch.Generator().manual_seed(0)), 0

@@ -113,7 +113,7 @@ def test_a_head_that_dies_is_named_and_the_same_command_resumes(site: Site, clus
     with drive(site, cluster, output, f"home-{what}-again") as driver:
         assert driver.wait() == 0, driver.stderr()
     assert finished
-    assert "rows were taken over from an interrupted run" in driver.stdout()
+    assert "taken over from an interrupted run" in driver.stdout()
     check_whole(site, output)
 
 

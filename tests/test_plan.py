@@ -16,9 +16,10 @@ from stubs import load_hash
 from capfilt.dataset import Counts, Provenance, ShardState
 from capfilt.fingerprints import Fingerprints
 from capfilt.inputs import InputFile, list_inputs
-from capfilt.pace import Pace, costs
+from capfilt.pace import Pace, costs, last_paces
 from capfilt.pipelines.curate import Summary, curate, in_process
 from capfilt.plan import Plan, Stage, Why, make_plan
+from capfilt.records import RunRecord
 from capfilt.spec import CurateSpec, Input
 
 NOW = Fingerprints("caption", "score", "decide")
@@ -98,7 +99,7 @@ def test_new_changed_done_and_gone_files_are_told_apart(make_spec: MakeSpec, tmp
 
 
 PACES = {
-    Stage.CAPTION: ("third", Pace(rows=300, seconds=12.0, first_rows=100, first_seconds=10.0)),
+    Stage.CAPTION: ("third", Pace(rows=1100, seconds=20.0, first_rows=100, first_seconds=10.0)),
     Stage.DECIDE: ("second", Pace(rows=10_000, seconds=2.0)),
 }
 
@@ -121,16 +122,31 @@ def test_rows_by_stage_and_what_they_take(make_spec: MakeSpec, tmp_path: Path) -
     # e as it was, f of twice its size, and g that is new; ten rows in a file
     assert (caption.stage, caption.shards, caption.rows, caption.exact) == (Stage.CAPTION, 3, 40, False)
     assert [str(cost) for cost in (decide, score, caption)] == [
-        "restart at decide: 2 shards, 20 rows; about 0:00:01 once started, at 5,000.0 rows/s as in run second",
-        "restart at score: 1 shards, 10 rows; no run on record was at the score stage, to tell how long that takes",
+        "restart at decide: 2 shards, 20 rows; at most about 0:00:01: run second was too short to tell its pace "
+        "without its start-up",
+        "restart at score: 1 shard, 10 rows; no run on record was at the score stage, to tell how long that takes",
         "restart at caption: 3 shards, about 40 rows; about 0:00:01 once started, at 100.0 rows/s as in run third",
     ]
+
+
+def test_the_pace_is_that_of_the_newest_run_long_enough_to_tell() -> None:
+    def record(run: str, **pace: float) -> RunRecord:
+        return RunRecord(run, None, None, "done", details={"stages": {"caption": pace}})
+
+    newest = record("newest", rows=10, seconds=9.0, first_rows=10, first_seconds=9.0)  # one fragment: start-up and all
+    short = record("short", rows=20, seconds=9.5, first_rows=10, first_seconds=9.0)
+    longer = record("longer", rows=1010, seconds=19.0, first_rows=10, first_seconds=9.0)
+    oldest = record("oldest", rows=9000, seconds=90.0, first_rows=10, first_seconds=9.0)
+    run, pace = last_paces([newest, short, longer, oldest])[Stage.CAPTION]
+    assert (run, pace.rate, pace.steady) == ("longer", 100.0, True)
+    run, pace = last_paces([newest, short])[Stage.CAPTION]
+    assert (run, pace.rate, pace.steady) == ("newest", 10 / 9, False)
 
 
 def test_rows_of_new_files_are_not_guessed_without_any_curated_one(make_spec: MakeSpec, tmp_path: Path) -> None:
     put(tmp_path / "in" / "a.parquet")
     (cost,) = costs(plan(make_spec, {}), PACES)
-    assert str(cost) == "restart at caption: 1 shards, rows not known yet; 100.0 rows/s in run third"
+    assert str(cost) == "restart at caption: 1 shard, rows not known yet; 100.0 rows/s in run third"
 
 
 # --- what only moved ---

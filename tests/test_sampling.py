@@ -134,7 +134,7 @@ def test_frequencies(top_k: int, top_p: float) -> None:
     assert chi2 < 40  # 11 degrees at the most: p = 4e-5
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     top_k=st.sampled_from([0, 3, 8]),
@@ -170,7 +170,7 @@ def test_nothing_ties_without_tolerance() -> None:
     assert not draw(logits, noise_of(keys(50), 0, 10), 3, 0.9, 0).tied.any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     seed=st.integers(0, 2**31),
     width=st.integers(2, 40),

@@ -262,7 +262,7 @@ SMALL = tar(
 )[:7000]
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_damaged_tar_gives_the_rows_that_it_said(data: st.DataObject) -> None:
     file = damaged(data, SMALL)
@@ -348,7 +348,7 @@ def small_stream() -> bytes:
 SMALL_STREAM = small_stream()
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_a_damaged_stream_gives_the_rows_that_it_said_or_an_error(data: st.DataObject) -> None:
     file = damaged(data, SMALL_STREAM)

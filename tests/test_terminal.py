@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from conftest import MakeSpec
 from rich.console import Console
 from rich.table import Table
 
+from capfilt.printing import print_runs
+from capfilt.records import RunRecord
 from capfilt.redaction import redacted
-from capfilt.terminal import escaped, say, shown
+from capfilt.terminal import counted, escaped, say, shown
 
 
 @pytest.mark.parametrize(
@@ -93,3 +96,24 @@ def test_a_hostile_file_name_is_shown_and_not_obeyed(make_spec: MakeSpec, tmp_pa
         lines = done.stderr.decode().splitlines()
         assert rf"{folder}/\x1b[2J\x1b]0;owned\x07" in lines[0]
         assert lines[1].startswith(r"    capfilt: all is well \udcff.parquet: not readable as Parquet")
+
+
+def test_counted() -> None:
+    assert [counted(number, "shard") for number in (0, 1, 2400)] == ["0 shards", "1 shard", "2,400 shards"]
+
+
+def test_runs_are_listed_whole_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    name = "20261128T035348188741-d9e21930"
+    seconds = {"gpu_held": 0.0, "cpu_held": 12.0}
+    done = RunRecord(name, "2026-11-28", "2026-11-28", "done", seconds=3661.0, shards=1, rows=1_000_000, errors=7)
+    on_gpu = replace(done, device_seconds={**seconds, "gpu_held": 90_000.0}, details={"versions": {"annotations": 41}})
+    for record, words in (
+        (replace(done, device_seconds=seconds), ["done", "1:01:01", "1", "1,000,000", "273.1", "7", "12"]),
+        (on_gpu, ["41", "done", "1:01:01", "1", "1,000,000", "273.1", "7", "90,000", "12"]),
+    ):
+        print_runs([record])
+        printed = capsys.readouterr().out
+        assert ("GPU s" in printed) is (record is on_gpu)
+        assert [*printed.splitlines()[3].replace("│", " ").split()] == [name, *words]
+    print_runs([])
+    assert capsys.readouterr().out == "no run is on record\n"

@@ -426,8 +426,8 @@ def test_a_plan_says_what_a_list_would_do(make_spec: MakeSpec, web: Path, tmp_pa
     said = CliRunner().invoke(app, ["plan", str(tmp_path / "spec.json")])
     assert said.exit_code == 0, said.output
     assert "curate 2 shards: rows were withdrawn" in said.output
-    assert "withdraw 5 rows of 2 shards that are in the dataset" in said.output
-    assert "leave 1 shards: up to date" in said.output
+    assert "withdraw 5 rows of 2 shards in the dataset" in said.output
+    assert "leave 1 shard: up to date" in said.output
     assert "withdrawn: 6 URLs, 0 keys" in itertools.islice(look(spec), 3)
     assert digest("url", "a") != digest("key", "a")
 

@@ -39,7 +39,7 @@ BAD: dict[str, tuple[bytes | None, str]] = {
 }
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kinds=st.lists(st.sampled_from(["ok", "ok", "ok", *BAD]), max_size=60),
     fragment_rows=st.integers(1, 70),

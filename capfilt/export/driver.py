@@ -27,7 +27,7 @@ from capfilt.export.parquet import Parquet
 from capfilt.export.shards import Example, Shard, cut, in_order, read_examples, row_groups
 from capfilt.export.webdataset import WebDataset
 from capfilt.spec import ExportSpec
-from capfilt.terminal import say
+from capfilt.terminal import counted, say
 
 SAY_SECONDS = 20.0
 """Between two lines on how far it has come."""
@@ -112,11 +112,13 @@ def look(spec: ExportSpec) -> Iterator[str]:
     """
     _, shards, wanted = _planned(spec)
     make_format(spec, len(shards))
-    yield f"dataset {spec.dataset}: version {wanted['version']} of its pairs, {wanted['rows']:,} rows"
+    yield f"dataset {spec.dataset}: version {wanted['version']} of its pairs, {counted(wanted['rows'], 'row')}"
     there = Folder(spec.output, spec.output_options).complete()
     if there is not None:
         refuse_another(there, wanted, spec.output)
-    yield f"{len(shards):,} files of format {spec.format}" + (": all there" if there is not None else " to write")
+    yield f"{counted(len(shards), 'file')} of format {spec.format}" + (
+        ": all there" if there is not None else " to write"
+    )
 
 
 def _planned(spec: ExportSpec) -> tuple[CuratedDataset, list[Shard], dict[str, Any]]:
@@ -178,7 +180,8 @@ def _write(
         if time.monotonic() - said >= SAY_SECONDS:
             said = time.monotonic()
             rows = sum(one.rows for one in done.values())
-            say(f"capfilt: {rows:,} of {wanted['rows']:,} rows, {len(done):,} of {len(shards):,} files", console)
+            of = counted(wanted["rows"], "row")
+            say(f"capfilt: {rows:,} of {of}, {len(done):,} of {counted(len(shards), 'file')}", console)
     written = [done[shard.number] for shard in shards]
     for before, after in itertools.pairwise(written):
         in_order(before.last, after.first, spec.dataset)

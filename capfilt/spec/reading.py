@@ -47,6 +47,9 @@ _TOO_DEEP = "lists or mappings lie in each other hundreds deep; a spec's are a h
 _CARDS = ("captioner", "filter", "start")
 """Fields that hold a card, or its path."""
 
+_NO_MAPPING = ("model_type", "model_attributes_type", "dict_type")
+"""Pydantic's names of what is wrong with a value that should hold fields."""
+
 _CARD_LISTS = ("captioners", "filters")
 """Fields that hold a list of such."""
 
@@ -233,8 +236,9 @@ def _explain(item: Any, what: Any) -> str:
         # a union's tag in the location is no field, though it may be named as one
         models = inner or of_kind(models, part) or models
     last = str(item["loc"][-1]) if item["loc"] else ""
-    if of_kind(models, last) and not any(last in model.model_fields for model in models):
-        last = ""  # the tag of a card that is wrong as a whole
+    unknown = not any(last in model.model_fields for model in models)
+    if unknown and (of_kind(models, last) or (item["type"] in _NO_MAPPING and isinstance(item["loc"][-1], str))):
+        last = ""  # a union's tag, of a card that is wrong as a whole
     field = ".".join([*path, last]).removesuffix(".") if path else last
     known = [model.model_fields[last] for model in models if last in model.model_fields]
     meaning = f" ({known[0].description.rstrip('.')})" if known and known[0].description else ""
@@ -243,11 +247,21 @@ def _explain(item: Any, what: Any) -> str:
         return f"{field}: unknown field" + (f"; did you mean {near[0]}?" if near else "")
     if item["type"] == "missing":
         return f"{field}: required{meaning}"
-    message = "expected a list" if item["type"] == "tuple_type" else item["msg"].removeprefix("Value error, ")
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "tuple_type":
+        message = "expected a list"
+    if item["type"] in _NO_MAPPING:  # pydantic names the class
+        own = {name: None for model in models if last in model.model_fields for name in _names(model, last)}
+        message = "expected a mapping" + (f" of {', '.join(own)}" if own else "")
     if item["type"] == "secret" or last.endswith("_options"):
         return f"{field}: {message}"  # the value may be the secret that was refused
     said = f"{field}: {message} (got {_short(item['input'])})"
     return said + meaning if item["type"] == "string_pattern_mismatch" else said  # a pattern alone tells few
+
+
+def _names(model: type[BaseModel], field: str) -> list[str]:
+    """The fields that a field's own model has."""
+    return [name for inner in models_in(model.model_fields[field].annotation) for name in inner.model_fields]
 
 
 def _short(value: Any) -> str:
