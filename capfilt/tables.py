@@ -160,6 +160,6 @@ def _percent(value: float | None) -> str:
     return "n/a" if value is None else f"{100 * value:.1f}%"
 
 
-def _times_100(value: float) -> str:
+def _times_100(value: float | None) -> str:
     """As papers print CIDEr and BLEU."""
-    return f"{100 * value:.1f}"
+    return "n/a" if value is None else f"{100 * value:.1f}"

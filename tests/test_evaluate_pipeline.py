@@ -573,7 +573,7 @@ def test_the_report_is_written_whole_and_without_nan(
     console = Console(file=io.StringIO(), width=160)
     console.print(*report_table(record))
     shown = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
-    for words in ("TR@1", "CIDEr", "threshold", "ROC AUC", "3 pools of 5; 1 images left out", "synthetic"):
+    for words in ("TR@1", "CIDEr", "threshold", "ROC AUC", "3 pools of 5; 1 image left out", "synthetic"):
         assert words in shown
 
 

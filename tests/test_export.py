@@ -657,7 +657,7 @@ def test_the_command(curated: str, tmp_path: Path) -> None:
     path.write_text(f"kind: export\ndataset: {curated}\noutput: wds\nformat: webdataset\n")
     checked = CliRunner().invoke(app, ["check", str(path)])
     assert checked.exit_code == 0, checked.output
-    assert "1 files of format webdataset to write" in checked.stdout
+    assert "1 file of format webdataset to write" in checked.stdout
     assert not (tmp_path / "wds").exists()
     for said in ("rows of version", "nothing to do"):
         done = CliRunner().invoke(app, ["run", str(path)])

@@ -440,7 +440,7 @@ def test_check_and_plan_say_what_is_there(tmp_path: Path) -> None:
     assert checked.exit_code == 0, checked.output
     assert "lists: 1 of parquet, url=url caption=caption; the first is" in " ".join(checked.output.split())
     assert runner.invoke(app, ["plan", str(path)]).output.splitlines() == [
-        "5 URLs in 1 lists",
+        "5 URLs in 1 list",
         "fetch 5 URLs, in 2 shards",
         "leave 0 URLs, in 0 shards: on record",
     ]
