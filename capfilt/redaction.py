@@ -14,11 +14,17 @@ from typing import Any
 HIDDEN = "***"
 
 _PASSWORD = re.compile(r"(?<=://)([^/@:\s]*):[^/@\s]+(?=@)")
+_USER = re.compile(r"(?<=\bhttp://)[^/@:\s]+(?=@)|(?<=\bhttps://)[^/@:\s]+(?=@)")
+"""Tokens stand there, too. Of other schemes it is a name: `abfs://container@account`."""
+
 _PARAMETER = re.compile(
     r"([?&][^=&\s]*(?:secret|token|password|credential|signature|sig|key)[^=&\s]*=)[^&\s'\"]+", re.IGNORECASE
 )
 _VARIABLE = re.compile(r"SECRET|TOKEN|PASSWORD|PASSWD|ACCESS_KEY|ACCOUNT_KEY|API_KEY|CONNECTION_STRING", re.I)
-_SHORTEST = 12
+_PLACE = re.compile(r"_(FILE|PATH|DIR|URL|URI|ENDPOINT)$", re.I)
+"""Ends of names of variables that say where a secret is. A value that begins with `/` says nothing: base64 may."""
+
+_SHORTEST = 8
 """Of a variable's value that is hidden: shorter ones are words that a text may well hold."""
 
 
@@ -27,7 +33,7 @@ def redacted(value: Any) -> Any:
     secrets = [
         text
         for name, text in os.environ.items()
-        if _VARIABLE.search(name) and len(text) >= _SHORTEST and not text.startswith("/")  # that names a file
+        if _VARIABLE.search(name) and not _PLACE.search(name) and len(text) >= _SHORTEST
     ]
     return _redacted(value, sorted(secrets, key=len, reverse=True))
 
@@ -36,7 +42,7 @@ def _redacted(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, str):
         for secret in secrets:
             value = value.replace(secret, HIDDEN)
-        return _PARAMETER.sub(rf"\1{HIDDEN}", _PASSWORD.sub(rf"\1:{HIDDEN}", value))
+        return _PARAMETER.sub(rf"\1{HIDDEN}", _USER.sub(HIDDEN, _PASSWORD.sub(rf"\1:{HIDDEN}", value)))
     if isinstance(value, Mapping):
         return {_redacted(name, secrets): _redacted(inner, secrets) for name, inner in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, bytes):

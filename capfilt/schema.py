@@ -64,6 +64,15 @@ class Reason(StrEnum):
     NOT_SCORED = "not_scored"  # the row is an error or has no image
 
 
+ERRORS = frozenset(
+    {
+        *(Reason.EMPTY_IMAGE, Reason.NOT_AN_IMAGE, Reason.TRUNCATED_IMAGE, Reason.CORRUPT_IMAGE),
+        *(Reason.TOO_MANY_PIXELS, Reason.TOO_MANY_BYTES, Reason.MODEL_ERROR, Reason.WORKER_DIED),
+        Reason.UNREADABLE_ROW,
+    }
+)
+"""Of rows that could not be judged; all others are of what was."""
+
 COPIES = (Reason.DUPLICATE, Reason.NEAR_DUPLICATE, Reason.SAME_URL)
 """Of rows whose texts match, and that would be kept if another were not."""
 

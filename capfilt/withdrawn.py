@@ -33,7 +33,7 @@ from capfilt.fragments import Footer, read_names
 from capfilt.inputs import InputFile, read_parquet
 from capfilt.schema import ANNOTATIONS, Reason
 from capfilt.spec import CurateSpec, Withdrawn
-from capfilt.stores import PAUSES, connect, one_line, persist
+from capfilt.stores import PAUSES, blamed, connect, one_line, persist
 
 FOLDER, COMPARED = "withdrawn", "compared.json"
 
@@ -261,7 +261,8 @@ def _last_compared(dataset: CuratedDataset) -> dict[str, Any]:
             return {}
         return content if isinstance(content, dict) else {}
 
-    return persist(read)
+    with blamed(f"{dataset.output}: what its rows were last compared with cannot be read"):
+        return persist(read)
 
 
 def _not_compared(dataset: CuratedDataset, lists: Lists) -> list[str]:

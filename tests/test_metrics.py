@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import socket
 import subprocess
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from conftest import MakeSpec, jpeg, write_shard
 from capfilt.dataset import Counts, Provenance
 from capfilt.pipelines.metrics import METRICS, DriverMetrics, Meters, count_batches
 from capfilt.receipts import Receipt
+from capfilt.schema import Reason
 from capfilt.spec import Placement, Ray
 
 Samples = dict[str, dict[tuple[tuple[str, str], ...], float]]
@@ -125,3 +127,20 @@ def test_a_scrape_finds_what_the_run_counted(make_spec: MakeSpec, tmp_path: Path
         f"ray_{name}{'_total' if metric.kind == 'counter' else '_bucket' if metric.kind == 'histogram' else ''}"
         for name, metric in METRICS.items()
     } | {"ray_capfilt_batch_seconds"}
+
+
+def test_errors_are_those_of_rows_that_could_not_be_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every reason is either; a copy or what is kept out is no error."""
+    counted: Counter[str] = Counter()
+
+    def add(_: Meters, name: str, amount: float, **labels: str) -> None:
+        if name == "capfilt_errors":
+            counted[labels["reason"]] += int(amount)
+
+    monkeypatch.setattr(Meters, "add", add)
+    monkeypatch.setattr(DriverMetrics, "_on", lambda _: True)
+    seen = {str(reason): 1 for reason in Reason} | {"kept": 1, "web:kept": 1, "web:below_threshold": 1}
+    DriverMetrics("run", asked=True, tell=print).adopt(receipt().model_copy(update={"reasons": seen}))
+    source = inspect.getsource(Reason)
+    errors = source.partition("# rows: errors\n")[2].partition("# texts")[0]
+    assert counted == Counter(re.findall(r'= "(\w+)"', errors))

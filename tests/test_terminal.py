@@ -65,10 +65,14 @@ def test_no_line_end_in_a_name_begins_a_line_of_ours() -> None:
         ),
         ({"a": ["http://u:p@h"], "n": 3, "none": None}, {"a": ["http://u:***@h"], "n": 3, "none": None}),
         (("k wJalrXUtnFEMI0123 here",), ["k *** here"]),
+        ("/9a0bJalrXUtnFEMI, minioadmin", "***, ***"),
+        ("https://ghp_token@host/a and http://user@host", "https://***@host/a and http://***@host"),
     ],
 )
 def test_redacted(text: Any, safe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wJalrXUtnFEMI0123")
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", "/9a0bJalrXUtnFEMI")  # base64 begins so at times
+    monkeypatch.setenv("MINIO_ROOT_PASSWORD", "minioadmin")
     monkeypatch.setenv("SHORT_TOKEN", "here")  # a word
     monkeypatch.setenv("TOKEN_FILE", "/var/run/secrets/token")  # a place
     assert redacted(text) == safe

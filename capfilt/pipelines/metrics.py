@@ -15,7 +15,7 @@ from typing import Any, Literal
 from capfilt.dataset import ShardCommit
 from capfilt.pipelines.watching import Watcher
 from capfilt.receipts import Receipt
-from capfilt.schema import Reason, Status
+from capfilt.schema import ERRORS, Status
 from capfilt.throughput import Throughput
 
 
@@ -44,9 +44,6 @@ METRICS = {
         "histogram", "Seconds that a batch takes; a worker's.", boundaries=(0.1, 0.3, 1, 3, 10, 30, 100, 300)
     ),
 }
-
-
-_DROPPED = {Reason.NO_IMAGE, Reason.NO_TEXT, Reason.NO_MATCH, Reason.WITHDRAWN}
 
 
 def exported() -> bool:
@@ -120,7 +117,7 @@ class DriverMetrics(Watcher):
         for status, rows in zip(Status, astuple(receipt.counts), strict=True):
             self._meters.add("capfilt_rows", rows, status=str(status))
         for reason, rows in receipt.reasons.items():
-            if ":" not in reason and reason != Status.KEPT and reason not in _DROPPED:
+            if reason in ERRORS:
                 self._meters.add("capfilt_errors", rows, reason=str(reason))
         self._waiting()
 
