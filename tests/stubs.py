@@ -5,13 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import time
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, Sampling
+from capfilt.images import Picture, decode
+from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, Images, Sampling
 
 POISON = "kill the worker"
+WIDTH_THAT_HANGS = 56
 
 
 def batch_size(card: CaptionerCard | FilterCard) -> int:
@@ -97,6 +102,20 @@ def load_hash(spec: CurateSpec, _device: str) -> Models:
 
 def load_poison(spec: CurateSpec, _device: str) -> Models:
     return _models(spec, PoisonFilter)
+
+
+def load_hangs(spec: CurateSpec, _device: str) -> Models:
+    """And from now on this process's decoder hangs on images of WIDTH_THAT_HANGS."""
+    from capfilt.pipelines import worker
+
+    def hang(data: bytes, limits: Images, scratch: npt.NDArray[np.uint8] | None = None) -> Picture:
+        picture = decode(data, limits, scratch)
+        while picture.width == WIDTH_THAT_HANGS:
+            time.sleep(1)
+        return picture
+
+    worker.decode = hang  # type: ignore[attr-defined]
+    return _models(spec, HashFilter)
 
 
 def load_raising(spec: CurateSpec, _device: str) -> Models:

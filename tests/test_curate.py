@@ -21,7 +21,7 @@ from conftest import MakeSpec, jpeg, read, write_shard
 from deltalake import DeltaTable, Field
 from deltalake.schema import PrimitiveType
 from rich.console import Console
-from stubs import POISON, load_dies, load_hash, load_loses_device, load_poison
+from stubs import POISON, WIDTH_THAT_HANGS, load_dies, load_hangs, load_hash, load_loses_device, load_poison
 
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import CapfiltError, ConflictError, DatasetError, ErrorBudgetError, LeaseHeldError
@@ -32,7 +32,7 @@ from capfilt.pipelines import worker
 from capfilt.pipelines.curate import Execute, Summary, curate, in_process
 from capfilt.pipelines.job import Job, LoadModels, load_models
 from capfilt.receipts import RECEIPTS, Receipt
-from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, LocalCheckpoint, Placement, Sampling, Thresholds
+from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, Images, LocalCheckpoint, Placement, Sampling, Thresholds
 
 
 def run(spec: CurateSpec, load: Any = load_hash, execute: Execute | None = in_process) -> Summary:
@@ -126,6 +126,17 @@ def test_a_row_that_kills_its_worker_costs_one_row(make_spec: MakeSpec, tmp_path
     assert (dead["row"], dead["reason"], dead["texts"][0]["text"]) == (77, "worker_died", POISON)
     (quarantined,) = read(str(tmp_path / "out"), "quarantine")
     assert quarantined["image"] == jpeg(77)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("local_ray")
+def test_an_image_that_hangs_its_decoder_costs_one_row(make_spec: MakeSpec, tmp_path: Path) -> None:
+    images = [jpeg(i, WIDTH_THAT_HANGS if i == 7 else 24) for i in range(20)]
+    write_shard(tmp_path / "in" / "0.parquet", images)
+    summary = run(make_spec(fragment_rows=20, images=Images(max_seconds=2)), load_hangs, None)
+    assert (summary.counts.rows, summary.counts.errors) == (20, 1)
+    (dead,) = [row for row in read(str(tmp_path / "out")) if row["status"] == "error"]
+    assert (dead["row"], dead["reason"]) == (7, "worker_died")
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -111,6 +111,7 @@ CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("filters__0__licence", "mit", NONE),
     ("filters__0__allow_pickle", True, NONE),
     ("images__quarantine_bytes", 0, NONE),
+    ("images__max_seconds", 99.0, NONE),
     ("fragment_rows", 7, NONE),
     ("max_error_fraction", 0.5, NONE),
     ("lease_seconds", 30, NONE),

@@ -15,6 +15,7 @@ from capfilt.fragments import Fragment
 from capfilt.pipelines.attempts import Attempts
 from capfilt.pipelines.job import Failure, Job, LoadModels
 from capfilt.pipelines.metrics import count_batches
+from capfilt.pipelines.watchdog import Watchdog
 from capfilt.pipelines.worker import DeviceLostError, Worker
 from capfilt.receipts import Receipt
 
@@ -66,7 +67,8 @@ class RayWorker:
     """One fragment in, its receipts out: a block of one row each. What a worker raises comes out as a row, too."""
 
     def __init__(self, job: Job, load: LoadModels, attempts: Any) -> None:
-        self._worker = Worker(job, load, RemoteAttempts(attempts), count_batches(job.run))
+        watchdog = Watchdog(job.spec.images.max_seconds)
+        self._worker = Worker(job, load, RemoteAttempts(attempts), count_batches(job.run), watchdog.watching)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Process the batch's one fragment."""

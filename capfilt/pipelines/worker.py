@@ -20,7 +20,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -130,6 +130,7 @@ class Worker:
         load: makes the models; on first use, so that what goes wrong surfaces as that call's error.
         attempts: the ledger of what died; a run's workers share one.
         on_batch: called with images and seconds of each batch that was on the models.
+        watching: is entered while the image of the row that it is given by name is decoded.
     """
 
     def __init__(
@@ -138,8 +139,9 @@ class Worker:
         load: LoadModels = load_models,
         attempts: Attempts | None = None,
         on_batch: Callable[[int, float], None] = lambda *_: None,
+        watching: Callable[[str], AbstractContextManager[object]] = nullcontext,
     ) -> None:
-        self.job, self._on_batch = job, on_batch
+        self.job, self._on_batch, self._watching = job, on_batch, watching
         self.attempts = attempts or Attempts()
         self._load = load
         self._models: Models | None = None
@@ -354,7 +356,8 @@ class Worker:
             item.sha256 = hashlib.sha256(row.image).hexdigest()
             item.texts += earlier.captions if earlier else []
             try:
-                picture = decode(row.image, self.job.spec.images, self._scratch.pixels)
+                with self._watching(f"row {row.row}, sha256 {item.sha256}"):
+                    picture = decode(row.image, self.job.spec.images, self._scratch.pixels)
                 item.format, item.width, item.height = picture.format, picture.width, picture.height
                 if self._hashes:
                     item.perceptual_hash = perceptual_hash(picture.rgb)

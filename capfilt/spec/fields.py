@@ -166,10 +166,16 @@ class Input(Model):
 
 
 class Images(Model):
-    """Bounds on what is decoded. Read from the header, before any pixel."""
+    """Bounds on what is decoded. Sizes are read from the header, before any pixel."""
 
     max_pixels: int = Field(default=64_000_000, ge=1, le=2**31, description="Width x height.")
     max_bytes: int = Field(default=32 * 2**20, ge=1, le=2**31 - 1, description="Encoded size.")
+    max_seconds: float = Field(
+        default=30,
+        ge=1,
+        description="Time that one image may take, on Ray. Its worker is ended then, and the row recorded as one that "
+        "kills its worker. No hostile image of a hundred thousand took half a second.",
+    )
     quarantine_bytes: int = Field(
         default=2**20, ge=0, le=2**31 - 1, description="Bytes kept of an unusable image; 0 keeps none."
     )
