@@ -216,8 +216,9 @@ def gaps(receipts: Sequence[Receipt], rows: int) -> list[tuple[int, int]]:
 
 
 def unfinished(output: str, options: Mapping[str, Any]) -> bool:
-    """Whether receipts are stored: an earlier run did not come to its end."""
-    return bool(_stored(output, options)[2])
+    """Whether receipts are stored, or the folders that held them: an earlier run did not come to its end."""
+    fs, root, names = _stored(output, options)
+    return bool(names) or (is_local(fs) and Path(f"{root}/{RECEIPTS}").is_dir())
 
 
 def discard(output: str, options: Mapping[str, Any], closed: Container[str]) -> None:

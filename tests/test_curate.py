@@ -266,6 +266,15 @@ def test_a_plain_reader_of_a_fresh_output_sees_exactly_the_dataset(make_spec: Ma
 
 
 @pytest.mark.usefixtures("web")
+def test_folders_that_a_run_killed_at_its_very_end_left_go(make_spec: MakeSpec, tmp_path: Path) -> None:
+    spec = make_spec()
+    run(spec)
+    (tmp_path / "out" / RECEIPTS / "00000").mkdir(parents=True)
+    assert run(spec).shards == 0
+    assert not (tmp_path / "out" / RECEIPTS).exists()
+
+
+@pytest.mark.usefixtures("web")
 def test_nothing_to_do_writes_nothing(make_spec: MakeSpec) -> None:
     spec = make_spec()
     run(spec)
