@@ -525,8 +525,12 @@ class Deadly:
     """A unit that kills the worker that looks at it."""
 
     def __init__(self, unit: Redecision) -> None:
-        self.file, self.start, self.stop, self.file_rows = unit.file, unit.start, unit.stop, unit.file_rows
-        self.rows, self.name, self.withdrawn = unit.rows, unit.name, unit.withdrawn
+        self._unit = unit
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # as pickle asks, before there is a unit
+            raise AttributeError(name)
+        return getattr(self._unit, name)
 
     @property
     def annotations(self) -> DataFile:
@@ -581,7 +585,8 @@ def test_runs_leave_their_pace_by_stage(make_spec: MakeSpec) -> None:
     [
         (Pace(), None),
         (Pace(rows=100, seconds=10.0, first_rows=100, first_seconds=10.0), 10.0),
-        (Pace(rows=300, seconds=12.0, first_rows=100, first_seconds=10.0), 100.0),
+        (Pace(rows=300, seconds=12.0, first_rows=100, first_seconds=10.0), 25.0),  # two seconds tell nothing
+        (Pace(rows=1100, seconds=20.0, first_rows=100, first_seconds=10.0), 100.0),
     ],
 )
 def test_the_start_is_no_part_of_the_pace(pace: Pace, rate: float | None) -> None:
