@@ -15,7 +15,7 @@ LAYERS = [
     {
         *("errors", "schema", "spec", "text", "decide", "fingerprints", "weights", "evaluate", "throughput"),
         "calibration",
-        *("terminal", "logs", "redaction", "perceptual", "duplicates", "rules", "remedies"),
+        *("terminal", "logs", "redaction", "perceptual", "duplicates", "rules", "remedies", "interrupts"),
     },
     {
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "pace", "toyweb", "examples"),

@@ -29,6 +29,7 @@ from capfilt.errors import CapfiltError, ConflictError, DatasetError, ErrorBudge
 from capfilt.fingerprints import Fingerprints, run_fingerprints, with_withdrawn, without_copies, without_withdrawn
 from capfilt.fragments import Footer, Fragment, cut, read_footer
 from capfilt.inputs import InputFile
+from capfilt.interrupts import interrupt, interruptible, uninterrupted
 from capfilt.lease import Lease
 from capfilt.logs import event
 from capfilt.pace import Pace
@@ -38,14 +39,14 @@ from capfilt.pipelines.leave_report import leave_report
 from capfilt.pipelines.metrics import DriverMetrics
 from capfilt.pipelines.progress import Display
 from capfilt.pipelines.redecide import Redecision, redecide, redecisions
-from capfilt.pipelines.session import connected, interrupt, interruptible, lacking, quiet, surroundings, uninterrupted
+from capfilt.pipelines.session import connected, lacking, quiet, surroundings
 from capfilt.pipelines.settle import look_for_copies, unsettled
 from capfilt.pipelines.telemetry import telemetry
 from capfilt.pipelines.watching import EventLog, Watcher, Watchers
 from capfilt.pipelines.withdraw import withdrawn_from
 from capfilt.plan import Plan, Stage, Why, plan_run, why_stale
 from capfilt.receipts import Receipt, adopt, discard, gaps, shard_commit, unfinished
-from capfilt.records import SUMMARY
+from capfilt.records import SUMMARY, outcome_of
 from capfilt.retention import due, thin
 from capfilt.spec import CurateSpec
 from capfilt.terminal import say
@@ -81,7 +82,7 @@ class Summary:
         failures: input files that could not be curated, each with what was wrong.
         gone: committed shards that are no longer among the inputs.
         copies: rows of all shards that are dropped as copies, where they were looked for.
-        outcome: `done`, or the error that ended the run.
+        outcome: `done`, `interrupted`, or the error that ended the run.
         report: name of the page that the run left in its folder, if it did; report_error: why it could not.
         versions: of the tables after the run.
         elapsed: seconds.
@@ -174,8 +175,7 @@ def curate(
             summary.outcome = "done"
             return summary
         except BaseException as error:
-            cause = lease.cause(error)
-            summary.outcome = f"{type(cause).__name__}: {cause}"
+            summary.outcome = outcome_of(lease.cause(error))
             raise
         finally:
             summary.elapsed = time.monotonic() - begin
@@ -630,7 +630,7 @@ def on_ray(job: Job, units: Iterator[Any], load: LoadModels) -> Generator[list[R
         # Loads torch. Where it is loaded after Ray, in a job that has a working directory, MKL may end the process with
         # "Cannot load libtorch_cpu.so" (exit code 2 or 139; torch 2.13, Ray 2.60).
         import capfilt.pipelines.ray_worker  # noqa: F401
-    with connected(job.spec.ray), interruptible():  # in this order: ray.init takes SIGTERM for itself
+    with connected(job.spec.ray):
         if without_models:
             yield from _run_tasks(job, units)
             return

@@ -11,12 +11,9 @@ import json
 import math
 import pickle
 import shutil
-import signal
-import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +23,11 @@ from rich.console import Console
 from capfilt.errors import CapfiltError, CheckpointError, DatasetError, SpecError, TrainingError
 from capfilt.examples import Part, list_parts, oversized
 from capfilt.fingerprints import fingerprint
+from capfilt.interrupts import interruptible, signals_kept
 from capfilt.models.trainee import ROLES
 from capfilt.pipelines.rows import Data
 from capfilt.pipelines.run_files import States, compare_record, only_one, read_log, read_record, write_json
-from capfilt.pipelines.session import connected, interruptible, lacking, surroundings
+from capfilt.pipelines.session import connected, lacking, surroundings
 from capfilt.pipelines.train_worker import Task, of_first_rank, train_here
 from capfilt.pipelines.training_progress import TrainingDisplay
 from capfilt.spec import PairSource, PretrainSpec, TrainSpec
@@ -180,7 +178,7 @@ def _fit(task: Task, console: Console) -> None:
     import ray.exceptions
 
     workers = task.spec.workers
-    with connected(task.spec.ray, cpus=math.ceil(workers.count * workers.cpus)), _interrupts_raise():
+    with connected(task.spec.ray, cpus=math.ceil(workers.count * workers.cpus)), signals_kept():
         try:
             if not _is_here(task.spec):
                 _check_capacity(task.spec, console)
@@ -254,19 +252,6 @@ def _fit_on_ray_train(task: Task) -> None:
     finally:
         failure.unlink(missing_ok=True)
         shutil.rmtree(output / "ray", ignore_errors=True)
-
-
-@contextmanager
-def _interrupts_raise() -> Iterator[None]:
-    """Ray Train takes SIGINT for itself, and ends the process as if all were done; here it is an interruption."""
-    try:
-        before = signal.getsignal(signal.SIGINT)
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt("Ray Train was interrupted") from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
 
 
 _ENDS = {kind.__name__: kind for kind in (SpecError, CheckpointError, DatasetError, TrainingError)}
