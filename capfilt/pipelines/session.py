@@ -17,6 +17,11 @@ from capfilt.interrupts import signals_kept
 from capfilt.spec import Ray
 
 
+def connecting(settings: Ray) -> str:
+    """What is waited for as :func:`connected` begins, for people."""
+    return "starting Ray" if settings.address == "local" else f"joining Ray at {settings.address}"
+
+
 @contextmanager
 def connected(settings: Ray, cpus: int | None = None) -> Iterator[None]:
     """A connection to Ray: the one that is there, or one of its own that ends with the run.

@@ -13,7 +13,7 @@ import pickle
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from capfilt.interrupts import interruptible, signals_kept
 from capfilt.models.trainee import ROLES
 from capfilt.pipelines.rows import Data
 from capfilt.pipelines.run_files import States, compare_record, only_one, read_log, read_record, write_json
-from capfilt.pipelines.session import connected, lacking, surroundings
+from capfilt.pipelines.session import connected, connecting, lacking, surroundings
 from capfilt.pipelines.train_worker import Task, of_first_rank, train_here
 from capfilt.pipelines.training_progress import TrainingDisplay
 from capfilt.spec import PairSource, PretrainSpec, TrainSpec
@@ -91,7 +91,7 @@ def train(spec: TrainSpec, *, console: Console | None = None) -> TrainSummary:
                 say(f"capfilt: {said}", console)
             display = TrainingDisplay(console, output, summary.resumed_at, task.total)
             with interruptible(), display:
-                _fit(task, console)
+                _fit(task, console, display.waits)
         _end(spec, states)
         lines = read_log(output)
     summary.last = next((line for line in reversed(lines) if "warning" not in line), {})
@@ -174,7 +174,8 @@ def _start(spec: TrainSpec) -> str | None:
 # --- Ray Train ---
 
 
-def _fit(task: Task, console: Console) -> None:
+def _fit(task: Task, console: Console, waits: Callable[[str], None]) -> None:
+    waits(connecting(task.spec.ray))
     import ray.exceptions
 
     workers = task.spec.workers
@@ -182,6 +183,7 @@ def _fit(task: Task, console: Console) -> None:
         try:
             if not _is_here(task.spec):
                 _check_capacity(task.spec, console)
+            waits("starting the workers, which load the model and the data")
             _fit_on_ray_train(task)
         except ray.exceptions.RayError as error:
             raise TrainingError(f"Ray failed: {error}; run the same again to resume") from error
