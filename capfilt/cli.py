@@ -7,7 +7,6 @@ the output, 130 interrupted.
 from __future__ import annotations
 
 import logging
-import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import typer
 
 from capfilt import dataset_commands, job_commands, logs, run_commands, toy_commands
 from capfilt.arguments import examples
+from capfilt.causes import said
 from capfilt.completion import mend_bash_words
 from capfilt.errors import CapfiltError
 from capfilt.remedies import remedy
@@ -75,8 +75,7 @@ def main() -> None:
     except Exception as error:  # noqa: BLE001 - reported, with its traceback where no one foresaw it
         from deltalake.exceptions import DeltaError
 
-        message = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
-        message = f"{type(error).__name__}: {message}"
+        message = said(error)
         if isinstance(error, OSError | DeltaError):
             what = remedy(error) or "mend this"
             _fail(error, message, 1, hint=f"what was finished is kept; {what} and run again to resume")

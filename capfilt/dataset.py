@@ -49,6 +49,7 @@ from deltalake.exceptions import CommitFailedError, DeltaError, TableNotFoundErr
 from deltalake.transaction import AddAction, RemoveAction
 from pyarrow.fs import LocalFileSystem, SubTreeFileSystem
 
+from capfilt.damage import data_files_blamed, of_log
 from capfilt.errors import ConflictError, DatasetError
 from capfilt.logs import event
 from capfilt.records import RUN, RunRecord, read_records
@@ -523,10 +524,11 @@ class CuratedDataset:
     def reasons(self) -> dict[tuple[str, str | None], int]:
         """Rows by (status, reason), most first. Reads these two columns of every annotations file."""
         total: Counter[tuple[str, str | None]] = Counter()
-        for batch in self.annotations().to_batches(columns=["status", "reason"]):
-            groups = pa.table(batch).group_by(["status", "reason"]).aggregate([([], "count_all")])
-            for row in groups.to_pylist():
-                total[row["status"], row["reason"]] += row["count_all"]
+        with data_files_blamed(self.output, ANNOTATIONS, self.versions()[ANNOTATIONS]):
+            for batch in self.annotations().to_batches(columns=["status", "reason"]):
+                groups = pa.table(batch).group_by(["status", "reason"]).aggregate([([], "count_all")])
+                for row in groups.to_pylist():
+                    total[row["status"], row["reason"]] += row["count_all"]
         return dict(total.most_common())
 
     # --- one table ---
@@ -585,6 +587,12 @@ class CuratedDataset:
                 hint = "the Delta table in annotations/ is another's, or this one was removed; give another output"
             raise DatasetError(f"{self._uri(table)}: no curated dataset there; {hint} ({one_line(error)})") from error
         except (DeltaError, OSError) as error:
+            fs, root = self._filesystem()
+            if not transient(error) and (damage := of_log(fs, f"{root}/{DIRECTORIES[table]}")):
+                raise DatasetError(
+                    f"{self._uri(table)}: cannot be opened: {damage}. Restore that file from a copy, or give another "
+                    "output; the data files are not touched"
+                ) from error
             raise DatasetError(
                 f"{self._uri(table)}: cannot be opened: {one_line(error)}. What is committed stays; mend the cause, if "
                 "it does not pass, and run again to resume"

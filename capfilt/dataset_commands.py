@@ -224,18 +224,19 @@ def view(
     the tables, and images from the pairs or the input; writes the index and the marks, which are labels for
     `kind: evaluate`.
     """
+    place, options = place_of(output)
+    say(f"capfilt: opening {place}", err)  # what is imported, and the log, may take some seconds to read
     try:
         from capfilt.view.explorer import Explorer
         from capfilt.view.server import Server
     except ModuleNotFoundError as error:
         raise CapfiltError(f"view needs {error.name}: pip install 'capfilt[view]'") from None
 
-    place, options = place_of(output)
     file = str(marks or f"{Path(place.rstrip('/')).name}-marks.parquet")
     with closing(Explorer(place, options, version, against, file, str(index) if index else None)) as explorer:
         server = Server(explorer, port)
-        explorer.index.build()
         say(f"open {server.url}")
+        explorer.index.build()  # not before: it takes all cores
         with suppress(KeyboardInterrupt):
             server.run()
 

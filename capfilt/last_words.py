@@ -7,7 +7,7 @@ memory: no line of Python runs then. So another process speaks.
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
 _MESSAGE = (
@@ -23,8 +23,8 @@ read -r ended && exit
 
 
 @contextmanager
-def last_words(log: str, stderr: int) -> Iterator[None]:
-    """Say what has happened, and what to do, if this process ends within.
+def last_words(log: str, stderr: int) -> Iterator[Callable[[], None]]:
+    """Say what has happened, and what to do, if this process ends within; unless what is yielded was called before.
 
     Args:
         log: what Ray says, a file.
@@ -33,10 +33,16 @@ def last_words(log: str, stderr: int) -> Iterator[None]:
     command = ["/bin/sh", "-c", _SCRIPT, "capfilt", _MESSAGE.format(log=log), _NEXT, log]
     # A session of its own: what is killed with our process group must not silence it.
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=stderr, start_new_session=True) as other:
-        assert other.stdin is not None
-        try:
-            yield
-        finally:
+        pipe = other.stdin
+        assert pipe is not None
+
+        def silence() -> None:
             with suppress(BrokenPipeError):  # it was killed; there is nothing left for it to say
-                other.stdin.write(b"ended\n")
-                other.stdin.close()
+                if not pipe.closed:
+                    pipe.write(b"ended\n")
+                    pipe.close()
+
+        try:
+            yield silence
+        finally:
+            silence()

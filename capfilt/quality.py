@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from capfilt.calibration import Bools, Calibration, Floats, against_truth
+from capfilt.damage import data_files_blamed
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import InputError
 from capfilt.evaluate import AtThreshold, noise_rate
-from capfilt.schema import Reason, Source
+from capfilt.schema import ANNOTATIONS, Reason, Source
 from capfilt.spec import Quality
 from capfilt.text import clean
 from capfilt.truth import Judge, read_truth
@@ -168,11 +169,12 @@ def _decision(dataset: CuratedDataset) -> str | None:
 
 def _texts(dataset: CuratedDataset) -> Iterator[tuple[str | None, dict[str, Any]]]:
     """Every text that is not empty, with its image's sha256."""
-    for batch in dataset.annotations().to_batches(columns=["image_sha256", "texts"]):
-        for row in batch.to_pylist():
-            for text in row["texts"]:
-                if text["text"] and clean(text["text"]):
-                    yield row["image_sha256"], text
+    with data_files_blamed(dataset.output, ANNOTATIONS, dataset.versions()[ANNOTATIONS]):
+        for batch in dataset.annotations().to_batches(columns=["image_sha256", "texts"]):
+            for row in batch.to_pylist():
+                for text in row["texts"]:
+                    if text["text"] and clean(text["text"]):
+                        yield row["image_sha256"], text
 
 
 def _verdict(judge: Judge, sha256: str | None, text: dict[str, Any]) -> _Verdict | None:

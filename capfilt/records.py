@@ -17,7 +17,7 @@ from capfilt.holder import standing
 from capfilt.stores import blamed
 
 RUN, SUMMARY = "run.json", "summary.json"
-RUNNING, DIED = "running", "no end recorded"
+RUNNING, DIED, INTERRUPTED = "running", "no end recorded", "interrupted"
 
 _THREADS = 16
 
@@ -28,7 +28,7 @@ class RunRecord:
 
     Attributes:
         started, ended: times, ISO 8601; `ended` is None where no end is recorded.
-        outcome: `done`, the error that ended the run, RUNNING or DIED.
+        outcome: `done`, INTERRUPTED, the error that ended the run, RUNNING or DIED.
         seconds: from start to end.
         shards, rows, kept, dropped, errors: of the shards that the run committed.
         device_seconds: see capfilt.throughput.Throughput.device_seconds.
@@ -64,6 +64,11 @@ class RunRecord:
         """For machines: these fields, then all others on record."""
         own = {name: value for name, value in asdict(self).items() if name != "details"}
         return {**own, "images_per_second": self.images_per_second, "details": dict(self.details)}
+
+
+def outcome_of(error: BaseException) -> str:
+    """Of a run that an error ended."""
+    return INTERRUPTED if isinstance(error, KeyboardInterrupt) else f"{type(error).__name__}: {error}"
 
 
 def earlier(number: int, left: Sequence[int]) -> int | None:

@@ -8,7 +8,6 @@ import typer
 
 from capfilt import logs
 from capfilt.arguments import RUNS, Overrides, SpecFile, examples
-from capfilt.errors import RunInterruptedError
 from capfilt.native_noise import native_noise_in_a_file
 from capfilt.printing import (
     NO_INPUT,
@@ -114,23 +113,19 @@ def run(spec: SpecFile, overrides: Overrides = None) -> None:
     if isinstance(loaded, CurateSpec):
         curate_here(loaded)
         return
-    from capfilt.pipelines.run import run
+    with native_noise_in_a_file() as console:
+        from capfilt.pipelines.run import run
 
-    try:
-        with native_noise_in_a_file() as console:
-            if isinstance(loaded, EvaluateSpec):
-                print_evaluation(run(loaded, console=console))
-            elif isinstance(loaded, BootstrapSpec):
-                print_bootstrap(run(loaded, console=console))
-            elif isinstance(loaded, IngestSpec):
-                print_ingest(run(loaded, console=console))
-            elif isinstance(loaded, ExportSpec):
-                print_export(run(loaded, console=console))
-            else:
-                print_training(run(loaded, console=console))
-    except KeyboardInterrupt:
-        message = "interrupted; what is done, and the newest state, are kept. Run the same command again"
-        raise RunInterruptedError(message) from None
+        if isinstance(loaded, EvaluateSpec):
+            print_evaluation(run(loaded, console=console))
+        elif isinstance(loaded, BootstrapSpec):
+            print_bootstrap(run(loaded, console=console))
+        elif isinstance(loaded, IngestSpec):
+            print_ingest(run(loaded, console=console))
+        elif isinstance(loaded, ExportSpec):
+            print_export(run(loaded, console=console))
+        else:
+            print_training(run(loaded, console=console))
 
 
 def curate_here(spec: CurateSpec) -> Summary:
@@ -139,16 +134,13 @@ def curate_here(spec: CurateSpec) -> Summary:
     Raises:
         RunInterruptedError: Ctrl-C or SIGTERM.
     """
-    from capfilt.pipelines.curate import curate
-
     summaries: list[Summary] = []
     try:
         with native_noise_in_a_file() as console:
+            from capfilt.pipelines.curate import curate
+
             console.quiet = logs.begun()  # it says all of it in events
             return curate(spec, console=console, report=summaries.append)
-    except KeyboardInterrupt:
-        message = "interrupted; what was finished is kept. Run the same command again to resume"
-        raise RunInterruptedError(message) from None
     finally:
         for summary in summaries:
             print_summary(summary)

@@ -26,6 +26,7 @@ from typing import Any, TypeVar
 import fsspec
 from deltalake.exceptions import DeltaError
 
+from capfilt.causes import said
 from capfilt.errors import CapfiltError, DatasetError, StoreError
 from capfilt.remedies import remedy
 
@@ -149,13 +150,8 @@ def blamed(what: str) -> Iterator[None]:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's kind and text, on one line, without colours, and what can be done about it, where that is known.
-
-    Of a long text not the middle: causes come last.
-    """
-    text = " ".join(re.sub(r"\x1b\[[0-9;]*m|↳", "", str(error)).split())
-    said = f"{type(error).__name__}: {text if len(text) <= 500 else f'{text[:200]} ... {text[-300:]}'}"
-    return f"{said}; {what}" if (what := remedy(error)) else said
+    """What an error says, as :func:`capfilt.causes.said`, and what can be done about it, where that is known."""
+    return f"{said(error)}; {what}" if (what := remedy(error)) else said(error)
 
 
 # --- reaching a store ---

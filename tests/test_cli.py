@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import jpeg, read, write_shard
 
+from capfilt.dataset import CuratedDataset
 from capfilt.fingerprints import checkpoint_files
 from capfilt.models.tiny import write_tiny_pair
 
@@ -361,8 +362,11 @@ def test_an_interrupt_keeps_what_is_finished(spec: Path, name: str) -> None:
         process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
+    assert "stopping, which may take some seconds" in errors
     assert "Run the same command again to resume" in errors
     assert "Traceback" not in errors
+    (record,) = CuratedDataset.for_reading(str(spec.parent / "out"), {}).runs()
+    assert record.outcome == "interrupted"
     done = capfilt("run", spec)
     assert done.returncode == 0, done.stderr
     assert "taken over from an interrupted run" in done.stdout or "up to date" in done.stdout

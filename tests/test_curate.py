@@ -499,6 +499,7 @@ def test_an_interrupt_during_a_commit_waits_for_its_end(make_spec: MakeSpec) -> 
         os.kill(os.getpid(), signal.SIGINT)
 
     interrupter = threading.Thread(target=interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs are born deaf to it
     interrupter.start()
     reports: list[Summary] = []
     try:
@@ -506,6 +507,8 @@ def test_an_interrupt_during_a_commit_waits_for_its_end(make_spec: MakeSpec) -> 
             curate(spec, load=load_hash, execute=in_process, console=Console(file=io.StringIO()), report=reports.append)
     finally:
         interrupter.join()
+        signal.signal(signal.SIGINT, before)
+    assert reports[0].outcome == "interrupted"
     dataset = CuratedDataset.for_reading(spec.output, {})
     committed = dataset.committed()
     assert (reports[0].shards, len(committed)) == (4, 4)

@@ -15,14 +15,15 @@ LAYERS = [
     {
         *("errors", "schema", "spec", "text", "decide", "fingerprints", "weights", "evaluate", "throughput"),
         "calibration",
-        *("terminal", "logs", "redaction", "perceptual", "duplicates", "rules", "remedies"),
+        *("terminal", "logs", "redaction", "perceptual", "duplicates", "rules", "remedies", "interrupts"),
+        "causes",
     },
     {
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "pace", "toyweb", "examples"),
         *("stores", "truth", "testset", "quality", "tables", "demo", "holder", "lease", "records", "submit", "report"),
         *("tars", "arrow_streams", "export", "view"),
         *("opener", "lists", "url_shards", "account", "shard_store", "ingest"),
-        *("withdrawn", "retention", "diff"),
+        *("withdrawn", "retention", "diff", "damage"),
     },
     {"models"},
     {"pipelines"},

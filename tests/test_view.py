@@ -505,4 +505,4 @@ def test_the_command_says_where_and_ends_quietly(spec: CurateSpec, tmp_path: Pat
     rest, errors = process.communicate(timeout=30)
     assert line.startswith("open http://127.0.0.1:")
     assert "/#token=" in line
-    assert (rest, errors, process.returncode) == ("", "", 0)
+    assert (rest, errors, process.returncode) == ("", f"capfilt: opening {spec.output}\n", 0)

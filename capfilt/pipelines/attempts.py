@@ -23,7 +23,7 @@ class Attempts:
 
     def __init__(self) -> None:
         self._work: dict[str, _Work] = {}
-        self._loads = 0
+        self._loads = self._loaded = 0
 
     def load_begins(self) -> int:
         """A worker begins to load the models; how many began since one last succeeded, this one included."""
@@ -33,6 +33,11 @@ class Attempts:
     def load_ended(self) -> None:
         """A worker has loaded the models."""
         self._loads = 0
+        self._loaded += 1
+
+    def loaded(self) -> int:
+        """How often a worker has loaded the models."""
+        return self._loaded
 
     def state(self, name: str) -> tuple[int, bytes | None]:
         """How often `name` was begun without an end, and its result if it has ended."""

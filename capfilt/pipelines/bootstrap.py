@@ -20,8 +20,9 @@ from rich.console import Console
 
 from capfilt.errors import TrainingError
 from capfilt.inputs import list_inputs
+from capfilt.interrupts import interruptible
 from capfilt.pipelines.run_files import compare_record, only_one, read_record, write_json
-from capfilt.pipelines.session import interruptible, surroundings
+from capfilt.pipelines.session import surroundings
 from capfilt.pipelines.stages import Stage, run_stages
 from capfilt.spec import (
     BootstrapSpec,

@@ -29,6 +29,7 @@ from capfilt.errors import CapfiltError, ConflictError, DatasetError, ErrorBudge
 from capfilt.fingerprints import Fingerprints, run_fingerprints, with_withdrawn, without_copies, without_withdrawn
 from capfilt.fragments import Footer, Fragment, cut, read_footer
 from capfilt.inputs import InputFile
+from capfilt.interrupts import interrupt, interruptible, uninterrupted
 from capfilt.lease import Lease
 from capfilt.logs import event
 from capfilt.pace import Pace
@@ -38,14 +39,14 @@ from capfilt.pipelines.leave_report import leave_report
 from capfilt.pipelines.metrics import DriverMetrics
 from capfilt.pipelines.progress import Display
 from capfilt.pipelines.redecide import Redecision, redecide, redecisions
-from capfilt.pipelines.session import connected, interrupt, interruptible, lacking, quiet, surroundings, uninterrupted
+from capfilt.pipelines.session import connected, connecting, lacking, quiet, surroundings
 from capfilt.pipelines.settle import look_for_copies, unsettled
 from capfilt.pipelines.telemetry import telemetry
 from capfilt.pipelines.watching import EventLog, Watcher, Watchers
 from capfilt.pipelines.withdraw import withdrawn_from
 from capfilt.plan import Plan, Stage, Why, plan_run, why_stale
 from capfilt.receipts import Receipt, adopt, discard, gaps, shard_commit, unfinished
-from capfilt.records import SUMMARY
+from capfilt.records import SUMMARY, outcome_of
 from capfilt.retention import due, thin
 from capfilt.spec import CurateSpec
 from capfilt.terminal import say
@@ -81,7 +82,7 @@ class Summary:
         failures: input files that could not be curated, each with what was wrong.
         gone: committed shards that are no longer among the inputs.
         copies: rows of all shards that are dropped as copies, where they were looked for.
-        outcome: `done`, or the error that ended the run.
+        outcome: `done`, `interrupted`, or the error that ended the run.
         report: name of the page that the run left in its folder, if it did; report_error: why it could not.
         versions: of the tables after the run.
         elapsed: seconds.
@@ -163,19 +164,19 @@ def curate(
                 display, tell = Display(console, spec.placement.max_actors, run=run), partial(_tell, console)
                 with telemetry(run, spec.output, tell) as traced, interruptible(), display:
                     watchers = Watchers(display, DriverMetrics(run, spec.ray.watched, tell), EventLog(run), traced)
+                    execute = execute or partial(on_ray, waits=watchers.waits)
                     driver = _Driver(job, dataset, plan, watchers, summary, lease)
                     if plan.todo:
-                        driver.run(execute or on_ray, load)
+                        driver.run(execute, load)
                     if spec.duplicates is not None and not dataset.settled:
-                        driver.settle(execute or on_ray, load)
+                        driver.settle(execute, load)
                     thin(dataset, spec.retention)
                     discard(spec.output, spec.output_options, dataset.closed_runs())
             _compared(dataset, plan, summary)
             summary.outcome = "done"
             return summary
         except BaseException as error:
-            cause = lease.cause(error)
-            summary.outcome = f"{type(cause).__name__}: {cause}"
+            summary.outcome = outcome_of(lease.cause(error))
             raise
         finally:
             summary.elapsed = time.monotonic() - begin
@@ -297,6 +298,7 @@ class _Driver:
 
         Killed in the midst of it, the next run finds the same copies: those that are dropped take part as before.
         """
+        self.display.waits("looking for copies")
         found, stale = look_for_copies(self.dataset, self.job, self.plan.files, self.summary.failures)
         self.summary.copies = len(found)
         if stale:
@@ -619,8 +621,13 @@ def in_process(job: Job, units: Iterator[Any], load: LoadModels) -> Generator[li
         yield worker.process(unit)
 
 
-def on_ray(job: Job, units: Iterator[Any], load: LoadModels) -> Generator[list[Receipt], None, None]:
+def on_ray(
+    job: Job, units: Iterator[Any], load: LoadModels, waits: Callable[[str], None] = lambda _: None
+) -> Generator[list[Receipt], None, None]:
     """Run redecisions as Ray tasks, fragments on a Ray Data actor pool.
+
+    Args:
+        waits: told what is waited for, until the first is done.
 
     Raises:
         CapfiltError: Ray cannot give one actor what the cards' placement asks for, or a worker raised.
@@ -629,13 +636,16 @@ def on_ray(job: Job, units: Iterator[Any], load: LoadModels) -> Generator[list[R
     if not without_models:
         # Loads torch. Where it is loaded after Ray, in a job that has a working directory, MKL may end the process with
         # "Cannot load libtorch_cpu.so" (exit code 2 or 139; torch 2.13, Ray 2.60).
+        waits("loading PyTorch")
         import capfilt.pipelines.ray_worker  # noqa: F401
-    with connected(job.spec.ray), interruptible():  # in this order: ray.init takes SIGTERM for itself
+    waits(connecting(job.spec.ray))
+    with connected(job.spec.ray):
+        waits("reading what is to be done")
         if without_models:
             yield from _run_tasks(job, units)
             return
         for window in _chunks(units, WINDOW):
-            yield from _run_window(job, window, load)
+            yield from _run_window(job, window, load, waits)
 
 
 def _run_tasks(job: Job, units: Iterator[Redecision]) -> Iterator[list[Receipt]]:
@@ -670,16 +680,19 @@ def _ahead(fragments: int, actors: int) -> int:
     return min(4, max(2, math.ceil(fragments / actors)))
 
 
-def _run_window(job: Job, window: list[Fragment], load: LoadModels) -> Iterator[list[Receipt]]:
+def _run_window(
+    job: Job, window: list[Fragment], load: LoadModels, waits: Callable[[str], None]
+) -> Iterator[list[Receipt]]:
     import ray
     import ray.data
 
-    from capfilt.pipelines.ray_worker import RayWorker, start_attempts
+    from capfilt.pipelines.ray_worker import Loading, RayWorker, start_attempts
 
     _check_capacity(job.spec)
     placement = job.spec.placement
     context = quiet(ray.data.DataContext.get_current().copy())
     attempts = start_attempts()
+    loading = Loading(attempts, waits)
     try:
         items = [{"fragment": pickle.dumps(fragment)} for fragment in window]
         with ray.data.DataContext.current(context):  # a dataset keeps the context it was made in
@@ -701,6 +714,7 @@ def _run_window(job: Job, window: list[Fragment], load: LoadModels) -> Iterator[
         # Not iter_rows: it leaves threads behind, and one that meets Ray after its shutdown silently ends the process.
         for bundle in results.iter_internal_ref_bundles():
             for entry in bundle.blocks:
+                loading.end()
                 (pickled,) = ray.get(entry.ref).column("result").to_pylist()  # a block is a fragment's
                 result = pickle.loads(pickled)
                 if isinstance(result, Failure):
@@ -709,4 +723,5 @@ def _run_window(job: Job, window: list[Fragment], load: LoadModels) -> Iterator[
     except ray.exceptions.RayError as error:
         raise CapfiltError(f"Ray failed: {error}\nWhat is committed stays; run again to resume") from error
     finally:
+        loading.end()
         ray.kill(attempts)

@@ -18,6 +18,7 @@ from rich.console import Console
 from capfilt.account import SUCCESS, Account
 from capfilt.errors import CapfiltError, DatasetError, ErrorBudgetError
 from capfilt.ingest import look_at_lists, unsettled
+from capfilt.interrupts import interrupt, interruptible
 from capfilt.lease import Lease
 from capfilt.lists import ListFile
 from capfilt.logs import event
@@ -25,7 +26,8 @@ from capfilt.pipelines.budget import SICK_ROWS
 from capfilt.pipelines.fetch import Fetched, Task
 from capfilt.pipelines.job import Failure
 from capfilt.pipelines.processes import Executor, Outcome, in_processes, on_ray
-from capfilt.pipelines.session import connected, interrupt, interruptible, surroundings
+from capfilt.pipelines.session import connected, surroundings
+from capfilt.records import outcome_of
 from capfilt.shard_store import Store
 from capfilt.spec import IngestSpec
 from capfilt.terminal import say
@@ -51,7 +53,7 @@ class IngestSummary:
         fetched: of those fetched in this run. fetched_shards, bytes: of these.
         kept_shards: that were there.
         stale: shards moved out of the way, for the list has their rows no longer.
-        outcome: `done`, or the error that ended the run.
+        outcome: `done`, `interrupted`, or the error that ended the run.
         elapsed: seconds.
     """
 
@@ -118,8 +120,7 @@ def ingest(spec: IngestSpec, *, execute: Executor | None = None, console: Consol
                 driver.run(execute or (on_ray if clustered else in_processes))
             summary.outcome = "done"
         except BaseException as error:
-            cause = lease.cause(error)
-            summary.outcome = f"{type(cause).__name__}: {cause}"
+            summary.outcome = outcome_of(lease.cause(error))
             raise
         finally:
             summary.elapsed = time.monotonic() - begin

@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
 import ray
+import ray.exceptions
 
 from capfilt.errors import DatasetError
 from capfilt.fragments import Fragment
@@ -18,6 +21,8 @@ from capfilt.pipelines.metrics import count_batches
 from capfilt.pipelines.watchdog import Watchdog
 from capfilt.pipelines.worker import DeviceLostError, Worker
 from capfilt.receipts import Receipt
+
+_LOOK_SECONDS = 0.2
 
 
 class RemoteAttempts(Attempts):
@@ -61,6 +66,43 @@ class RemoteAttempts(Attempts):
 def start_attempts() -> Any:
     """Start a ledger actor; it takes no CPU and outlives the workers. Its handle."""
     return ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Attempts).remote()
+
+
+class Loading:
+    """Says that the models are being loaded, and when a first worker has done so.
+
+    Its thread has ended before the connection to Ray does: one that is left behind ends the process, in silence.
+
+    Args:
+        attempts: the ledger's actor.
+        waits: takes what is waited for.
+    """
+
+    def __init__(self, attempts: Any, waits: Callable[[str], None]) -> None:
+        self._attempts, self._waits = attempts, waits
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="loading", daemon=True)
+        waits("loading the models")
+        self._thread.start()
+
+    def end(self) -> None:
+        """There is nothing to wait for any more."""
+        self._ended.set()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        answer = None
+        while not self._ended.wait(_LOOK_SECONDS):
+            answer = answer or self._attempts.loaded.remote()
+            try:
+                if ray.get(answer, timeout=_LOOK_SECONDS):
+                    self._waits("the models are loaded, the first fragment is at work")
+                    return
+                answer = None
+            except ray.exceptions.GetTimeoutError:
+                pass
+            except ray.exceptions.RayError:  # the run will hear of it
+                return
 
 
 class RayWorker:

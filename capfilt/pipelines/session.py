@@ -1,4 +1,4 @@
-"""Around a run: the connection to Ray, and stopping when told to."""
+"""Around a run: the connection to Ray, and what is recorded of where it runs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import datetime
 import logging
 import os
 import platform
-import signal
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,52 +13,13 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from capfilt.errors import CapfiltError
+from capfilt.interrupts import signals_kept
 from capfilt.spec import Ray
 
-_STOPPING = (signal.SIGINT, signal.SIGTERM)
 
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """SIGTERM, which is how clusters say stop, ends a run as Ctrl-C does."""
-
-    try:
-        before = signal.signal(signal.SIGTERM, _stop)
-    except ValueError:  # not the main thread: whoever owns the signals handles them
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _stop(signum: int, _: object) -> None:
-    raise KeyboardInterrupt(signal.Signals(signum).name)
-
-
-def interrupt() -> None:
-    """End the run of this process as Ctrl-C does, from any thread, if it is interruptible just now."""
-    if signal.getsignal(signal.SIGTERM) is _stop:
-        os.kill(os.getpid(), signal.SIGTERM)
-
-
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """What is inside is not torn by Ctrl-C or SIGTERM; they are heard at its end."""
-    heard: list[int] = []
-    try:
-        before = {number: signal.signal(number, lambda n, _: heard.append(n)) for number in _STOPPING}
-    except ValueError:  # not the main thread: signals do not come here
-        yield
-        return
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-    if heard:
-        raise KeyboardInterrupt(signal.Signals(heard[0]).name)
+def connecting(settings: Ray) -> str:
+    """What is waited for as :func:`connected` begins, for people."""
+    return "starting Ray" if settings.address == "local" else f"joining Ray at {settings.address}"
 
 
 @contextmanager
@@ -81,12 +41,13 @@ def connected(settings: Ray, cpus: int | None = None) -> Iterator[None]:
     local = settings.address == "local"
     try:
         try:
-            ray.init(
-                address=settings.address,
-                log_to_driver=False,
-                logging_level="ERROR",
-                **(_local(settings, cpus) if local else {}),
-            )
+            with signals_kept():
+                ray.init(
+                    address=settings.address,
+                    log_to_driver=False,
+                    logging_level="ERROR",
+                    **(_local(settings, cpus) if local else {}),
+                )
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             if local:
                 raise CapfiltError(

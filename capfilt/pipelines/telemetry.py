@@ -19,6 +19,7 @@ from capfilt.dataset import ShardCommit
 from capfilt.pipelines.metrics import METRICS, DriverMetrics, Meters
 from capfilt.pipelines.watching import Watcher, Watchers
 from capfilt.receipts import Receipt
+from capfilt.records import outcome_of
 from capfilt.redaction import redacted
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def telemetry(run: str, output: str, tell: Callable[[str], None]) -> Iterator[Wa
     try:
         yield Watchers(*senders)
     except BaseException as error:
-        outcome = f"{type(error).__name__}: {error}"
+        outcome = outcome_of(error)
         raise
     finally:
         for sender in senders:

@@ -11,12 +11,9 @@ import json
 import math
 import pickle
 import shutil
-import signal
-import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +23,11 @@ from rich.console import Console
 from capfilt.errors import CapfiltError, CheckpointError, DatasetError, SpecError, TrainingError
 from capfilt.examples import Part, list_parts, oversized
 from capfilt.fingerprints import fingerprint
+from capfilt.interrupts import interruptible, signals_kept
 from capfilt.models.trainee import ROLES
 from capfilt.pipelines.rows import Data
 from capfilt.pipelines.run_files import States, compare_record, only_one, read_log, read_record, write_json
-from capfilt.pipelines.session import connected, interruptible, lacking, surroundings
+from capfilt.pipelines.session import connected, connecting, lacking, surroundings
 from capfilt.pipelines.train_worker import Task, of_first_rank, train_here
 from capfilt.pipelines.training_progress import TrainingDisplay
 from capfilt.spec import PairSource, PretrainSpec, TrainSpec
@@ -93,7 +91,7 @@ def train(spec: TrainSpec, *, console: Console | None = None) -> TrainSummary:
                 say(f"capfilt: {said}", console)
             display = TrainingDisplay(console, output, summary.resumed_at, task.total)
             with interruptible(), display:
-                _fit(task, console)
+                _fit(task, console, display.waits)
         _end(spec, states)
         lines = read_log(output)
     summary.last = next((line for line in reversed(lines) if "warning" not in line), {})
@@ -176,14 +174,16 @@ def _start(spec: TrainSpec) -> str | None:
 # --- Ray Train ---
 
 
-def _fit(task: Task, console: Console) -> None:
+def _fit(task: Task, console: Console, waits: Callable[[str], None]) -> None:
+    waits(connecting(task.spec.ray))
     import ray.exceptions
 
     workers = task.spec.workers
-    with connected(task.spec.ray, cpus=math.ceil(workers.count * workers.cpus)), _interrupts_raise():
+    with connected(task.spec.ray, cpus=math.ceil(workers.count * workers.cpus)), signals_kept():
         try:
             if not _is_here(task.spec):
                 _check_capacity(task.spec, console)
+            waits("starting the workers, which load the model and the data")
             _fit_on_ray_train(task)
         except ray.exceptions.RayError as error:
             raise TrainingError(f"Ray failed: {error}; run the same again to resume") from error
@@ -254,19 +254,6 @@ def _fit_on_ray_train(task: Task) -> None:
     finally:
         failure.unlink(missing_ok=True)
         shutil.rmtree(output / "ray", ignore_errors=True)
-
-
-@contextmanager
-def _interrupts_raise() -> Iterator[None]:
-    """Ray Train takes SIGINT for itself, and ends the process as if all were done; here it is an interruption."""
-    try:
-        before = signal.getsignal(signal.SIGINT)
-        yield
-    except SystemExit:
-        raise KeyboardInterrupt("Ray Train was interrupted") from None
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, before)
 
 
 _ENDS = {kind.__name__: kind for kind in (SpecError, CheckpointError, DatasetError, TrainingError)}

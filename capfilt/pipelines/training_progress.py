@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -12,13 +13,14 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from capfilt.pipelines.waiting import Waiting
 from capfilt.terminal import say
 
 _LOSSES = ("itc", "itm", "lm")
 
 
 class TrainingDisplay:
-    """Shows steps, losses and samples/s: a live line on a terminal, a plain line now and then without one.
+    """Shows what is waited for, then steps, losses and samples/s: live on a terminal, else in a line now and then.
 
     Args:
         console: where to; its `is_terminal` chooses the form.
@@ -35,6 +37,7 @@ class TrainingDisplay:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="training progress", daemon=True)
         self._live: Progress | None = None
+        self._waiting = Waiting(lambda line: None if self._live else say(f"capfilt: {line}", console))
         if console.is_terminal:
             self._live = Progress(
                 TextColumn("train"),
@@ -44,7 +47,7 @@ class TrainingDisplay:
                 TimeRemainingColumn(),
                 console=console,
             )
-            self._task = self._live.add_task("train", total=total, line="starting")
+            self._task = self._live.add_task("train", total=total, line="")
 
     def __enter__(self) -> TrainingDisplay:
         if self._live:
@@ -61,9 +64,19 @@ class TrainingDisplay:
         if self._live:
             self._live.stop()
 
+    def waits(self, what: str) -> None:
+        """Training begins when this is done."""
+        self._waiting.begin(what)
+
     def _follow(self) -> None:
-        while not self._ended.wait(self._seconds):
-            self._show()
+        shown = time.monotonic()
+        while not self._ended.wait(min(1.0, self._seconds)):
+            self._waiting.remind()
+            if self._live and (waiting := str(self._waiting)):
+                self._live.update(self._task, line=waiting)
+            if time.monotonic() - shown >= self._seconds:
+                shown = time.monotonic()
+                self._show()
 
     def _show(self) -> None:
         lines = self.news()
@@ -73,6 +86,7 @@ class TrainingDisplay:
         steps = [line for line in lines if "warning" not in line]
         if not steps:
             return
+        self._waiting.end()
         said = describe(steps)
         if self._live:
             self._live.update(self._task, completed=steps[-1]["step"], line=said)

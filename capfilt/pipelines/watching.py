@@ -14,6 +14,9 @@ from capfilt.schema import Reason
 class Watcher:
     """Told of a run as it goes; does nothing with what it does not care for."""
 
+    def waits(self, what: str) -> None:
+        """No fragment can be finished before this is: Ray's start, or that of the models."""
+
     def expect(self, rows: int) -> None:
         """Rows the run is known or estimated to have."""
 
@@ -35,6 +38,11 @@ class Watchers(Watcher):
 
     def __init__(self, *watchers: Watcher) -> None:
         self._watchers = watchers
+
+    def waits(self, what: str) -> None:
+        """See Watcher."""
+        for one in self._watchers:
+            one.waits(what)
 
     def expect(self, rows: int) -> None:
         """See Watcher."""
@@ -67,6 +75,10 @@ class EventLog(Watcher):
 
     def __init__(self, run: str) -> None:
         self._run = run
+
+    def waits(self, what: str) -> None:
+        """What the run is at before its work."""
+        event("waiting", run=self._run, what=what)
 
     def adopt(self, receipt: Receipt) -> None:
         """One that an earlier run finished."""

@@ -11,6 +11,7 @@ import duckdb
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from capfilt.damage import of_data
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import DatasetError
 from capfilt.records import RunRecord
@@ -19,8 +20,7 @@ from capfilt.report.outcome import ImageSizes, Outcome, measure_images, measure_
 from capfilt.report.rule import Rule, find_rule
 from capfilt.report.tally import COLUMNS, Tally
 from capfilt.report.thresholds import Scores, measure_scores
-from capfilt.schema import SHARD
-from capfilt.stores import one_line
+from capfilt.schema import ANNOTATIONS, SHARD
 
 _BATCH = 16_384
 
@@ -53,10 +53,8 @@ def tallied(dataset: CuratedDataset, version: int, shards: Sequence[str] | None)
             ).to_reader()
             tally = Tally(batches, folder)
         except (OSError, pa.ArrowException, duckdb.Error) as error:
-            raise DatasetError(
-                f"{dataset.output}: version {version} of the annotations cannot be read: {one_line(error)}. A vacuum "
-                "deletes the files of older versions; `capfilt status` says which one is the newest"
-            ) from error
+            newest = dataset.versions()[ANNOTATIONS]
+            raise DatasetError(of_data(dataset.output, ANNOTATIONS, version, newest, error)) from error
         with tally:
             yield tally
 
