@@ -45,6 +45,11 @@ class Card(Model):
     licence: str = Field(default="unknown", description="Of the weights, for the dataset card.")
     placement: Placement = Field(default=Placement(), description="Resources of an actor that holds the model.")
 
+    @property
+    def traits(self) -> tuple[str, ...]:
+        """What people are told of the model beside its name."""
+        return ()
+
 
 class LocalCard(Card):
     """What a card has whose model runs here."""
@@ -59,10 +64,18 @@ class LocalCard(Card):
         default=False, description="Load pytorch_model.bin where no safetensors exist (weights only, still no code)."
     )
 
+    @property
+    def traits(self) -> tuple[str, ...]:
+        return (*super().traits, self.dtype)
+
 
 class _BlipCard(LocalCard):
     model: Literal["blip"] = Field(default="blip", description="Other models have cards of their own.")
     image_size: int = Field(ge=8, le=1024, description="Side in pixels; images are resized to a square of it.")
+
+    @property
+    def traits(self) -> tuple[str, ...]:
+        return (f"{self.image_size} px", *super().traits)
 
 
 class CaptionerCard(_BlipCard):
