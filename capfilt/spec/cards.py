@@ -37,6 +37,9 @@ BatchSize = Annotated[
 ]
 """Images in one forward pass."""
 
+Unit = Literal["probability", "cosine"]
+"""What a filter's scores, and so its thresholds, are."""
+
 
 class Card(Model):
     """What every card has, whatever its model is."""
@@ -119,7 +122,7 @@ class FilterCard(_BlipCard):
     )
 
     @property
-    def unit(self) -> Literal["probability"]:
+    def unit(self) -> Unit:
         """What its scores are."""
         return "probability"
 

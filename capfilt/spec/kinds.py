@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from capfilt.spec.cards import CaptionerCard, Card, FilterCard, LocalCard, Thresholds
+from capfilt.spec.cards import CaptionerCard, Card, FilterCard, LocalCard, Thresholds, Unit
 from capfilt.spec.fields import no_secret
 from capfilt.spec.sampling import Sampling, SamplingOverride
 
@@ -127,7 +127,7 @@ class DualCard(LocalCard):
     role: Literal["filter"]
     model: Literal["clip", "siglip"] = Field(description="Whose two towers and processor the checkpoint has.")
     thresholds: DualThresholds = Field(description="In this card's unit; used where the spec gives none.")
-    unit: Literal["cosine", "probability"] = Field(
+    unit: Unit = Field(
         default="cosine",
         description="Of scores and thresholds: cosine similarity, 0 where it is negative; or sigmoid(scale * cosine + "
         "bias).",
