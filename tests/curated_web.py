@@ -11,6 +11,7 @@ from rich.console import Console
 from stubs import load_hash
 
 from capfilt.pipelines.curate import Execute, Summary, curate, in_process
+from capfilt.pipelines.job import LoadModels
 from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, Input, LocalCheckpoint
 
 HOSTILE = {
@@ -55,7 +56,11 @@ def make_web(root: Path) -> Path:
 
 
 def curate_web(
-    root: Path, execute: Execute = in_process, console: Console | None = None, **fields: Any
+    root: Path,
+    execute: Execute = in_process,
+    console: Console | None = None,
+    load: LoadModels = load_hash,
+    **fields: Any,
 ) -> tuple[CurateSpec, Summary]:
     """Curate it into `root/out` with models that cost nothing."""
     defaults: dict[str, Any] = {
@@ -67,4 +72,4 @@ def curate_web(
         **cards(root),
     }
     spec = CurateSpec(**{**defaults, **fields})
-    return spec, curate(spec, load=load_hash, execute=execute, console=console or Console(file=io.StringIO()))
+    return spec, curate(spec, load=load, execute=execute, console=console or Console(file=io.StringIO()))

@@ -93,9 +93,11 @@ def test_a_run_does_what_its_models_do(make_spec: MakeSpec, web: list[bytes | No
         decision="vote",
         sampling=SAMPLING,
         fragment_rows=7,
+        report=True,
     )
     summary = run(spec)
     assert (summary.counts.rows, summary.counts.errors) == (17, 1)
+    assert (summary.report, summary.report_error) == ("report.html", None)
     captioners = [
         GeneratorCaptioner(models[name], models[name].sampled(SAMPLING), "cpu") for name in ("blip2", "llava")
     ]

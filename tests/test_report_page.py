@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from conftest import read
 from curated_web import HOSTILE, curate_web, make_web
+from test_report_models import curate_with
 
 from capfilt.schema import Status
 
@@ -208,6 +209,26 @@ def test_every_chart_is_drawn_and_has_its_numbers(page: Any) -> None:
         figure.locator("tbody tr").first.wait_for()
         assert figure.locator("thead th").count() >= 2, name
         figure.locator("summary").click()
+
+
+def test_cosines_have_axes_and_sliders_of_their_own(browser: Any, tmp_path: Path) -> None:
+    """Of CLIP none is above 0.4 here: what lies beyond is no part of an axis."""
+    make_web(tmp_path)
+    spec, summary = curate_with(tmp_path, ["writer"], ["clip"])
+    watched = Watched(browser, Path(spec.output) / "_runs" / summary.run / "report.html")
+    page, rows = watched.page, read(spec.output)
+    assert page.locator("#slide-web").get_attribute("max") == "0.4"
+    assert page.locator("#at-web").inner_text() == "0.30"
+    slide(page, "web", 0.2)
+    assert int(page.locator("#would-keep").inner_text()) == kept_at(rows, 0.2, 0.2)
+    for chart, label in (("kept", "threshold"), ("itm", "cosine similarity")):
+        drawn = page.locator(f"#chart-{chart} svg[role=img]")
+        assert label in drawn.text_content()
+        ticks = drawn.locator("[aria-label='x-axis tick label'] text").all_text_contents()
+        assert ticks[-1] in ("0.40", "0.4")
+    assert "P(match)" not in page.locator("main").inner_text()
+    assert watched.said == []
+    watched.context.close()
 
 
 def test_by_keyboard_alone(page: Any) -> None:

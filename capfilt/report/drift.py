@@ -25,7 +25,7 @@ FEWEST = 100
 ONE_CAPTION = 0.2  # of an origin's texts are one and the same
 LITTLE_VARIETY = 50  # different captions of 1,000
 LOOPS = 0.02  # of an origin's texts loop
-ALIKE = 0.02  # standard deviation of an origin's scores
+ALIKE = 0.04  # standard deviation of an origin's scores, of their threshold; of 0.5 where it is higher
 ERRORS = 0.1  # of the rows
 LOST_VARIETY = 0.5  # of what there was is left, of captions or words
 KEPT_MOVED = 0.2  # of the rows, more or fewer than before
@@ -216,7 +216,7 @@ def _of_captions(origin: str, own: Captions, now: Statistics) -> Iterator[Alarm]
         )
         yield Alarm(True, f"{origin} loops", detail)
     mean, deviation = now.scores.means.get(origin, {}).get("itm", (math.nan, math.nan))
-    if deviation < ALIKE:
+    if deviation < ALIKE * min(0.5, now.rule.thresholds.synthetic):  # scores lie by their thresholds in any unit
         detail = f"Their ITM scores are {mean:.3f} with a standard deviation of {deviation:.3f}."
         yield Alarm(False, f"The filters find all texts of {origin} alike", detail)
 

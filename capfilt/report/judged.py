@@ -13,6 +13,7 @@ from capfilt.evaluate import average_precision, roc_auc
 from capfilt.report.tally import Tally
 from capfilt.report.thresholds import STEPS
 from capfilt.spec import CurateSpec, Input, Truth
+from capfilt.spec.cards import Unit
 from capfilt.truth import Judge, read_truth
 
 BINS = 10
@@ -27,8 +28,9 @@ class Judged:
 
     Attributes:
         texts: scored texts whose truth is known; `true` of them are true.
-        bins: of BINS equal ranges of the score: (texts, mean score, fraction true).
-        calibration_error: mean distance of score and truth over the bins, weighted by their texts (ECE).
+        bins: of BINS equal ranges of the score: (texts, mean score, fraction true); empty where the scores are no
+            probabilities.
+        calibration_error: mean distance of score and truth over the bins, weighted by their texts (ECE); None without.
         kept: by threshold, 0 to 1 in STEPS: texts that reach it.
         kept_true: of these, the true ones.
         roc_auc, average_precision: None where all texts are true, or none is.
@@ -37,7 +39,7 @@ class Judged:
     texts: int
     true: int
     bins: tuple[tuple[int, float, float], ...]
-    calibration_error: float
+    calibration_error: float | None
     kept: tuple[int, ...]
     kept_true: tuple[int, ...]
     roc_auc: float | None
@@ -59,8 +61,11 @@ def find_truth(spec: CurateSpec | None) -> Truth | None:
     return truth if truth.toyweb else None
 
 
-def judge_scores(tally: Tally, truth: Truth) -> dict[str, Judged]:
+def judge_scores(tally: Tally, truth: Truth, unit: Unit | None) -> dict[str, Judged]:
     """By source; those without a judged text are left out.
+
+    Args:
+        unit: of the scores.
 
     Raises:
         InputError: the truth cannot be read, or knows none of the texts.
@@ -71,7 +76,7 @@ def judge_scores(tally: Tally, truth: Truth) -> dict[str, Judged]:
     for source in ("web", "synthetic"):
         score_N, true_N = _judged(tally, judge, source)
         if len(score_N):
-            found[source] = _measured(score_N, true_N)
+            found[source] = _measured(score_N, true_N, unit)
     if not found:
         raise InputError("the truth knows none of the dataset's texts; give the labels of these images")
     return found
@@ -95,7 +100,24 @@ def _judged(tally: Tally, judge: Judge, source: str) -> tuple[npt.NDArray[np.flo
     return np.array(scores, float), np.array(verdicts, bool)
 
 
-def _measured(score_N: npt.NDArray[np.float64], true_N: npt.NDArray[np.bool_]) -> Judged:
+def _measured(score_N: npt.NDArray[np.float64], true_N: npt.NDArray[np.bool_], unit: Unit | None) -> Judged:
+    bins = _bins(score_N, true_N) if unit == "probability" else ()
+    error = sum(n * abs(score - true) for n, score, true in bins) / len(score_N)
+    thresholds = np.arange(STEPS + 1) / STEPS
+    both = true_N.any() and not true_N.all()
+    return Judged(
+        len(score_N),
+        int(true_N.sum()),
+        bins,
+        float(error) if bins else None,
+        _reaching(score_N, thresholds),
+        _reaching(score_N[true_N], thresholds),
+        roc_auc(score_N, true_N) if both else None,
+        average_precision(score_N, true_N) if both else None,
+    )
+
+
+def _bins(score_N: npt.NDArray[np.float64], true_N: npt.NDArray[np.bool_]) -> tuple[tuple[int, float, float], ...]:
     bin_N = np.minimum(BINS - 1, (score_N * BINS).astype(int))
     bins = []
     for number in range(BINS):
@@ -103,19 +125,7 @@ def _measured(score_N: npt.NDArray[np.float64], true_N: npt.NDArray[np.bool_]) -
         bins.append(
             (int(mine.sum()), float(score_N[mine].mean()), float(true_N[mine].mean())) if mine.any() else (0, 0.0, 0.0)
         )
-    error = sum(n * abs(score - true) for n, score, true in bins) / len(score_N)
-    thresholds = np.arange(STEPS + 1) / STEPS
-    both = true_N.any() and not true_N.all()
-    return Judged(
-        len(score_N),
-        int(true_N.sum()),
-        tuple(bins),
-        float(error),
-        _reaching(score_N, thresholds),
-        _reaching(score_N[true_N], thresholds),
-        roc_auc(score_N, true_N) if both else None,
-        average_precision(score_N, true_N) if both else None,
-    )
+    return tuple(bins)
 
 
 def _reaching(score_N: npt.NDArray[np.float64], thresholds: npt.NDArray[np.float64]) -> tuple[int, ...]:

@@ -130,6 +130,7 @@ class Page:
             for origin, own in now.captions.items()
         }
         return {
+            "unit": now.rule.unit,
             "thresholds": scores.thresholds,
             "inForce": _by_source(now.rule.thresholds),
             "decided": [[*map(int, cell), int(scores.rows[tuple(cell)])] for cell in cells],
@@ -202,6 +203,7 @@ def _by_origin(now: Statistics) -> dict[str, list[tuple[str, str | None, int]]]:
 def _before(before: Statistics) -> dict[str, Any]:
     return {
         "version": before.version,
+        "unit": before.rule.unit,
         "thresholds": before.scores.thresholds,
         "itm": {origin: counts.tolist() for origin, counts in before.scores.itm.items()},
         "lengths": {origin: own.lengths for origin, own in before.captions.items()},

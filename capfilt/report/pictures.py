@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from PIL import Image
 
 from capfilt.dataset import CuratedDataset, DataFile
 from capfilt.errors import CapfiltError, ImageError, InputError
-from capfilt.fragments import read_footer, read_rows
+from capfilt.fragments import Footer, read_footer, read_rows
 from capfilt.images import decode
 from capfilt.inputs import InputFile, list_inputs, read_parquet
 from capfilt.plan import keep_shards
@@ -166,17 +167,15 @@ class Pictures:
         assert self.spec is not None
         source = self.spec.input
         self.budget.open()
+        whole = file.path.endswith(".arrow")  # a record batch; of all others rows are read from the first on
+        if "://" in file.path and file.path.endswith((".tar", ".arrow")):
+            self.budget.take(file.size)  # looked through for its samples, in blocks that leave little out
         footer = read_footer(file, source.columns, source.storage_options, pauses=())
-
-        def sizes(parquet: pq.ParquetFile) -> list[int]:
-            return [_size(parquet, group, footer.layout.image) for group in range(len(footer.row_groups))]
-
         begin = 0
-        sized = read_parquet(file.path, source.storage_options, sizes, pauses=())
-        for count, size in zip(footer.row_groups, sized, strict=True):
+        for count, size in zip(footer.row_groups, _sizes(file, footer, source.storage_options), strict=True):
             mine = [row for row in rows if begin <= row < begin + count]
             if mine:
-                self.budget.take(size * (max(mine) + 1 - begin) // count)
+                self.budget.take(size if whole else size * (max(mine) + 1 - begin) // count)
                 part = footer.fragment(file, min(mine), max(mine) + 1)
                 for row in read_rows(part, source.storage_options, pauses=()):
                     if row.row in rows and row.image is not None:
@@ -227,6 +226,17 @@ def _may_hold(url: str, row: int) -> bool:
     """Whether a pairs file may hold the row: its name says which it does, unless another tool wrote it."""
     span = DataFile(url, 0, 0).span
     return span is None or span[0] <= row < span[1]
+
+
+def _sizes(file: InputFile, footer: Footer, options: Mapping[str, Any]) -> list[int]:
+    """Bytes of the images of each row group; of a file without a footer all bytes of each run of rows."""
+    if footer.offsets:
+        return [stop - start for start, stop in itertools.pairwise((*footer.offsets, file.size))]
+
+    def sizes(parquet: pq.ParquetFile) -> list[int]:
+        return [_size(parquet, group, footer.layout.image) for group in range(len(footer.row_groups))]
+
+    return read_parquet(file.path, options, sizes, pauses=())
 
 
 def _size(parquet: pq.ParquetFile, group: int, column: str) -> int:

@@ -156,7 +156,7 @@ def _judged(tally: Tally, truth: Truth | None, now: Statistics) -> tuple[dict[st
     if found is None:
         return {}, "No truth is known of these images. Give labels with --truth."
     try:
-        return judge_scores(tally, found), ""
+        return judge_scores(tally, found, now.rule.unit), ""
     except InputError as error:
         if truth is not None:
             raise

@@ -13,6 +13,7 @@ from capfilt.records import RunRecord
 from capfilt.report.tally import WEB, Tally
 from capfilt.schema import Status
 from capfilt.spec import CurateSpec, Decision, Thresholds
+from capfilt.spec.cards import Unit
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Rule:
         run: the run that wrote most of these rows; None where no row's run is on record.
         spec: its spec; None where `run` is, or another version of capfilt wrote the spec.
         decision: how several filters judge.
+        unit: of the scores; None where it is not on record, or not one for all.
         thresholds: one for all filters.
         exact: whether these thresholds, held against every row's scores, decide as was decided.
         others: rows that were decided by another rule, or by one that is not on record.
@@ -31,6 +33,7 @@ class Rule:
     run: str | None
     spec: CurateSpec | None
     decision: Decision
+    unit: Unit | None
     thresholds: Thresholds
     exact: bool
     others: int
@@ -44,6 +47,7 @@ def find_rule(tally: Tally, records: Mapping[str, RunRecord]) -> Rule:
     """
     rows: Counter[tuple[Decision, tuple[Thresholds, ...]]] = Counter()
     runs: dict[tuple[Decision, tuple[Thresholds, ...]], tuple[str, CurateSpec]] = {}
+    units: set[Unit] = set()
     unknown = 0
     query = (
         f"SELECT run, count(*) AS n FROM rows WHERE status <> '{Status.ERROR}' GROUP BY run ORDER BY n DESC, run DESC"
@@ -55,16 +59,18 @@ def find_rule(tally: Tally, records: Mapping[str, RunRecord]) -> Rule:
             continue
         rule = spec.decision, spec.effective_thresholds
         rows[rule] += count
+        units |= {card.unit for card in spec.filters}
         runs.setdefault(rule, (run, spec))
     if not rows:
         tally.flatten("mean")
-        return Rule(None, None, "mean", _seen(tally), False, unknown)
+        return Rule(None, None, "mean", None, _seen(tally), False, unknown)
     ((decision, thresholds), most), *_ = rows.most_common(1)
     run, spec = runs[decision, thresholds]
     tally.flatten(decision)
     mean = Thresholds(**{name: fmean(getattr(one, name) for one in thresholds) for name in Thresholds.model_fields})
     others = rows.total() - most + unknown
-    return Rule(run, spec, decision, mean, len(set(thresholds)) == 1 and not others, others)
+    unit = units.pop() if len(units) == 1 else None
+    return Rule(run, spec, decision, unit, mean, len(set(thresholds)) == 1 and not others, others)
 
 
 def _spec(record: RunRecord | None) -> CurateSpec | None:

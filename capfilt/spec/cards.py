@@ -37,6 +37,9 @@ BatchSize = Annotated[
 ]
 """Images in one forward pass."""
 
+Unit = Literal["probability", "cosine"]
+"""What a filter's scores, and so its thresholds, are."""
+
 
 class Card(Model):
     """What every card has, whatever its model is."""
@@ -44,6 +47,11 @@ class Card(Model):
     name: str = Field(pattern=r"^[\w.-]{1,80}$", description="Recorded with every text the model wrote or scored.")
     licence: str = Field(default="unknown", description="Of the weights, for the dataset card.")
     placement: Placement = Field(default=Placement(), description="Resources of an actor that holds the model.")
+
+    @property
+    def traits(self) -> tuple[str, ...]:
+        """What people are told of the model beside its name."""
+        return ()
 
 
 class LocalCard(Card):
@@ -59,10 +67,18 @@ class LocalCard(Card):
         default=False, description="Load pytorch_model.bin where no safetensors exist (weights only, still no code)."
     )
 
+    @property
+    def traits(self) -> tuple[str, ...]:
+        return (*super().traits, self.dtype)
+
 
 class _BlipCard(LocalCard):
     model: Literal["blip"] = Field(default="blip", description="Other models have cards of their own.")
     image_size: int = Field(ge=8, le=1024, description="Side in pixels; images are resized to a square of it.")
+
+    @property
+    def traits(self) -> tuple[str, ...]:
+        return (f"{self.image_size} px", *super().traits)
 
 
 class CaptionerCard(_BlipCard):
@@ -106,7 +122,7 @@ class FilterCard(_BlipCard):
     )
 
     @property
-    def unit(self) -> Literal["probability"]:
+    def unit(self) -> Unit:
         """What its scores are."""
         return "probability"
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from capfilt.spec.cards import CaptionerCard, Card, FilterCard, LocalCard, Thresholds
+from capfilt.spec.cards import CaptionerCard, Card, FilterCard, LocalCard, Thresholds, Unit
 from capfilt.spec.fields import no_secret
 from capfilt.spec.sampling import Sampling, SamplingOverride
 
@@ -45,6 +45,10 @@ class GeneratorCard(_Writes, LocalCard):
         default=False,
         description="Give the prompt, after the image, as the user's turn in the checkpoint's chat template.",
     )
+
+    @property
+    def traits(self) -> tuple[str, ...]:
+        return (self.model, *super().traits)
 
 
 OPENAI_LACKS = {"top_k": 0, "repetition_penalty": 1, "min_tokens": 0}
@@ -92,6 +96,11 @@ class EndpointCard(_Writes):
         default=6, ge=0, le=20, description="Of a request that fails for a moment; the pauses grow from a second to 60."
     )
 
+    @property
+    def traits(self) -> tuple[str, ...]:
+        revision = (f"revision {self.revision}",) if self.revision else ()
+        return (self.model, self.served_model, *revision, *super().traits)
+
     def sampled(self, sampling: Sampling) -> Sampling:
         """As a generator's; raises ValueError, too, where the endpoint does not know a parameter that is set."""
         own = super().sampled(sampling)
@@ -118,7 +127,7 @@ class DualCard(LocalCard):
     role: Literal["filter"]
     model: Literal["clip", "siglip"] = Field(description="Whose two towers and processor the checkpoint has.")
     thresholds: DualThresholds = Field(description="In this card's unit; used where the spec gives none.")
-    unit: Literal["cosine", "probability"] = Field(
+    unit: Unit = Field(
         default="cosine",
         description="Of scores and thresholds: cosine similarity, 0 where it is negative; or sigmoid(scale * cosine + "
         "bias).",
@@ -127,6 +136,10 @@ class DualCard(LocalCard):
         default=None, gt=0, le=1e6, description="Of the probability; SigLIP's own if not given, CLIP has none."
     )
     bias: float | None = Field(default=None, ge=-1e6, le=1e6, description="Of the probability; as `scale`.")
+
+    @property
+    def traits(self) -> tuple[str, ...]:
+        return (self.model, self.unit, *super().traits)
 
     @model_validator(mode="after")
     def _calibrated(self) -> DualCard:

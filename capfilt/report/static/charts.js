@@ -69,13 +69,13 @@ function chart(name, { label, legend = [], table, draw }) {
 
 const redraw = (...names) => names.forEach((name) => charts.get(name)?.());
 
-/** Counts by how many of the thresholds are reached, as [{from, to, fraction}] in bins of 1/50. */
-function scoreBins(counts, thresholds) {
+/** Counts by how many of the thresholds are reached, as [{from, to, n}] in bins of 1/50, up to the `end` of an axis. */
+function scoreBins(counts, thresholds, end) {
   const bins = new Array(50).fill(0);
   thresholds.forEach((threshold, i) => {
     bins[Math.min(49, Math.floor(threshold * 50 + 1e-9))] += counts[i + 1];
   });
-  return bins.map((n, i) => ({ from: i / 50, to: (i + 1) / 50, n }));
+  return bins.map((n, i) => ({ from: i / 50, to: (i + 1) / 50, n })).slice(0, Math.round(50 * end));
 }
 
 const share = (bins) => {

@@ -25,16 +25,18 @@ function scoreCharts() {
     }),
   });
   if (!data.before) return;
-  const now = Object.fromEntries(Object.entries(data.itm).map(([origin, counts]) => [origin, share(scoreBins(counts, thresholds))]));
+  const unit = data.before.unit === data.unit ? data.unit : null;
+  const upTo = Math.max(unit ? end : 1, endOf(unit, data.before.itm, data.before.thresholds));
+  const now = Object.fromEntries(Object.entries(data.itm).map(([origin, counts]) => [origin, share(scoreBins(counts, thresholds, upTo))]));
   const was = Object.fromEntries(
-    Object.entries(data.before.itm).map(([origin, counts]) => [origin, share(scoreBins(counts, data.before.thresholds))]),
+    Object.entries(data.before.itm).map(([origin, counts]) => [origin, share(scoreBins(counts, data.before.thresholds, upTo))]),
   );
   chart("drift", {
     label: `ITM scores before and now. Now, ${said(now)}. Before, ${said(was)}.`,
     legend: [...legendOf(Object.keys(now)), ...Object.keys(was).map((origin) => [`${named(origin)} before`, colour(origin), true])],
     table: tableOf({ ...now, ...Object.fromEntries(Object.entries(was).map(([origin, bins]) => [`${named(origin)} before`, bins])) }, "Score"),
     draw: () => ({
-      x: { label: "P(match)", domain: [0, 1] },
+      x: { label: unitOf(unit), domain: [0, upTo] },
       y: { ...axisY, type: "sqrt" },
       marks: [
         baseline(),
@@ -125,8 +127,8 @@ function truthCharts() {
   const shade = (source) => (source === "web" ? "var(--origin-0)" : "var(--origin-1)");
   const legend = sources.map(([source]) => [`${source} texts`, shade(source)]);
   const points = sources.flatMap(([source, own]) => own.bins.map(([n, mean, fraction], i) => ({ source, n, mean, fraction, bin: i })).filter((point) => point.n));
-  chart("calibration", {
-    label: `Calibration: ${sources.map(([source, own]) => `${source} texts are off by ${own.calibration_error.toFixed(3)} on average`).join("; ")}.`,
+  if (points.length) chart("calibration", {
+    label: `Calibration: ${sources.map(([source, own]) => `${source} texts are off by ${score(own.calibration_error)} on average`).join("; ")}.`,
     legend,
     table: () => ({ columns: ["Score", "Source", "Texts", "True"], rows: points.map((point) => [`${point.bin / 10} – ${(point.bin + 1) / 10}`, point.source, whole.format(point.n), percent(point.fraction)]) }),
     draw: () => ({

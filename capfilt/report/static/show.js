@@ -30,6 +30,8 @@ const sum = (numbers) => numbers.reduce((total, one) => total + one, 0);
 const origins = Object.keys(data.itm).length ? Object.keys(data.itm) : Object.keys(data.captions);
 for (const origin of Object.keys(data.captions)) if (!origins.includes(origin)) origins.push(origin);
 const colour = (origin) => `var(--origin-${Math.max(0, origins.indexOf(origin)) % 6})`;
+/** What scores are, on an axis. */
+const unitOf = (unit) => ({ probability: "P(match)", cosine: "cosine similarity" })[unit] ?? "score";
 const named = (origin) => (origin === "web" ? "web texts" : origin);
 
 /** Calls `work` once before the next frame, however often it is asked. */

@@ -23,6 +23,15 @@ const kept = (web, synthetic) => decided - below[place(web) + 1][place(synthetic
 /** Texts of an origin that reach a threshold. */
 const reaching = (counts, threshold) => sum(counts.slice(place(threshold) + 1));
 
+/** Where an axis of scores ends: at 1, but for cosines, which stay far below, at the tenth that none is above. */
+function endOf(unit, itm, thresholds) {
+  if (unit !== "cosine") return 1;
+  const reached = Object.values(itm).map((counts) => thresholds[counts.findLastIndex((n) => n > 0) - 1] ?? 0);
+  return Math.min(1, Math.ceil(10 * Math.max(0.09, ...reached, ...Object.values(data.inForce)) + 0.1 - 1e-9) / 10);
+}
+
+const end = endOf(data.unit, data.itm, thresholds);
+
 const followers = [];
 
 function setUpThresholds() {
@@ -30,6 +39,7 @@ function setUpThresholds() {
   const together = document.getElementById("together");
   document.getElementById("dock").hidden = !decided;
   together.checked = data.inForce.web === data.inForce.synthetic;
+  for (const slide of Object.values(slides)) slide.max = end;
 
   const tell = onceAFrame(() => {
     for (const source of ["web", "synthetic"]) {
@@ -80,7 +90,7 @@ function precisionAt() {
 }
 
 function thresholdCharts() {
-  const steps = d3.range(101).map((i) => i / 100);
+  const steps = d3.range(Math.round(100 * end) + 1).map((i) => i / 100);
   const lines = {
     "images kept": steps.map((t) => ({ t, fraction: kept(t, t) / decided, n: kept(t, t), name: t.toFixed(2) })),
     ...Object.fromEntries(
@@ -97,14 +107,14 @@ function thresholdCharts() {
   ];
   if (decided) {
     chart("kept", {
-      label: () => `Images kept at every threshold: ${[0.1, 0.5, 0.9].map((t) => `${percent(kept(t, t) / decided)} at ${t}`).join(", ")}.`,
+      label: () => `Images kept at every threshold: ${[0.1, 0.5, 0.9].map((part) => +(part * end).toFixed(2)).map((t) => `${percent(kept(t, t) / decided)} at ${t}`).join(", ")}.`,
       legend: Object.keys(lines).map((name) => [name === "images kept" ? name : named(name), shade(name)]),
       table: () => ({
         columns: ["Threshold", ...Object.keys(lines).map((name) => (name === "images kept" ? name : named(name)))],
         rows: steps.map((t, i) => [t.toFixed(2), ...Object.values(lines).map((own) => `${whole.format(own[i].n)} (${percent(own[i].fraction)})`)]),
       }),
       draw: () => ({
-        x: { label: "threshold", domain: [0, 1] },
+        x: { label: "threshold", domain: [0, end] },
         y: { ...axisY, domain: [0, 1] },
         marks: [
           baseline(),
@@ -116,13 +126,13 @@ function thresholdCharts() {
       }),
     });
   }
-  const series = Object.fromEntries(Object.entries(data.itm).map(([origin, counts]) => [origin, share(scoreBins(counts, thresholds))]));
+  const series = Object.fromEntries(Object.entries(data.itm).map(([origin, counts]) => [origin, share(scoreBins(counts, thresholds, end))]));
   chart("itm", {
     label: `Histogram of ITM scores. ${said(series)}.`,
     legend: legendOf(Object.keys(series)),
     table: tableOf(series, "Score"),
     draw: () => ({
-      x: { label: "P(match)", domain: [0, 1] },
+      x: { label: unitOf(data.unit), domain: [0, end] },
       y: { ...axisY, type: "sqrt" },
       marks: [baseline(), ...Object.entries(series).flatMap(([origin, bins]) => [area(bins, colour(origin)), line(bins, colour(origin))]), ...rules()],
     }),
