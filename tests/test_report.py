@@ -42,8 +42,9 @@ from capfilt.report.page import MOST, PLOT_STYLE
 from capfilt.report.pictures import Budget, Pictures
 from capfilt.report.statistics import Statistics, measure, tallied
 from capfilt.report.tally import COLUMNS, Tally
+from capfilt.rules import Rules
 from capfilt.schema import ANNOTATION_FILE_SCHEMA, Source, Status
-from capfilt.spec import CurateSpec, Thresholds, ThresholdsOverride
+from capfilt.spec import CurateSpec, Duplicates, KeepOut, Thresholds, ThresholdsOverride
 from capfilt.text import clean
 
 PAGE = Path(report.__file__).parent / "static"
@@ -151,9 +152,38 @@ def test_any_threshold_keeps_what_decide_would(tmp_path: Path, decision: str, fi
         scores.scores.kept(0.4371, 0.5)
 
 
+def test_a_text_with_a_word_that_is_kept_out_matches_at_no_threshold(tmp_path: Path) -> None:
+    """Its scores stay on record; what the sliders count, and which texts the gallery shows as matching, go by rules."""
+    make_web(tmp_path)
+    lists = KeepOut(words=("shard", "endless"))
+    spec, _ = curate_web(tmp_path, report=False, keep_out=lists, thresholds=ThresholdsOverride(web=0.3, synthetic=0.3))
+    dataset, rows = CuratedDataset.for_reading(spec.output, {}), read(spec.output)
+    found = statistics(dataset)
+    assert found.rule.exact
+    assert Counter(text["reason"] for row in rows for text in row["texts"])["kept_out_word"] > ROWS
+    judged = [row for row in rows if row["reason"] in (None, "no_match")]
+    assert any(_best(row, barred=True) >= 0.3 > _best(row, barred=False) for row in judged)
+    for least in (0.3, 0.5, 0.9):
+        rules = Rules(spec.model_copy(update={"thresholds": ThresholdsOverride(web=least, synthetic=least)}))
+        kept = sum(rules.judge([_text(text) for text in row["texts"]], None)[1] is Status.KEPT for row in judged)
+        assert found.scores.kept(least, least) == kept
+    elsewhere = {"duplicates": Duplicates()}, {"keep_out": KeepOut(domains=("example.org",))}
+    rules_of = [replace(found.rule, spec=spec.model_copy(update=fields)) for fields in ({}, *elsewhere)]
+    assert [rule.elsewhere for rule in rules_of] == [False, True, True]
+    gallery = page_data(make_report(dataset, {}))["gallery"]
+    best = {(row["shard"], row["row"]): max(row["best"].values(), key=lambda b: b or 0) for row in gallery}
+    for row in judged:
+        assert best.get((row["shard"], row["row"]), _best(row)) == _best(row)
+
+
+def _best(row: dict[str, Any], barred: bool = False) -> float:
+    """The highest score of a row's texts, of those with a word that is kept out, or of the others."""
+    return max((t["itm"] for t in row["texts"] if t["itm"] and (t["reason"] == "kept_out_word") == barred), default=0.0)
+
+
 def _text(text: dict[str, Any]) -> Text:
     scores = tuple(FilterScore(**score) for score in text["scores"])
-    return Text(Source(text["source"]), 0, text["text"], clean(text["text"]), text["captioner"], scores)
+    return Text(Source(text["source"]), 0, text["text"], clean(text["text"] or ""), text["captioner"], scores)
 
 
 def test_where_no_run_is_on_record_thresholds_are_those_that_were_seen(
@@ -364,6 +394,14 @@ class Parsed(HTMLParser):
             self.text.append(data)
 
 
+def page_data(made: Report) -> dict[str, Any]:
+    """What the page's scripts are given."""
+    (raw,) = [source for source in Parsed(made.html).raw["script"] if source.startswith("{")]
+    found = json.loads(raw)
+    assert isinstance(found, dict)
+    return found
+
+
 def test_the_page_loads_nothing_and_runs_its_own_scripts_alone(made: Report) -> None:
     page = Parsed(made.html)
     (policy,) = [
@@ -420,7 +458,7 @@ def test_the_page_says_the_numbers(made: Report, rows: list[dict[str, Any]]) -> 
 
 
 def test_the_data_for_the_sliders_are_the_rows(made: Report, dataset: CuratedDataset) -> None:
-    (data,) = [json.loads(source) for source in Parsed(made.html).raw["script"] if source.startswith("{")]
+    data = page_data(made)
     scores = statistics(dataset).scores
     assert sum(n for _, _, n in data["decided"]) == scores.decided
     half = data["thresholds"].index(0.5) + 1
@@ -568,8 +606,7 @@ def test_labels_tell_how_good_the_scores_are(
         "true": [itm > 0.3 for _, _, itm in scored],
     }
     pq.write_table(pa.table(table), tmp_path / "labels.parquet")
-    page = Parsed(make_report(dataset, {}, truth=truth_at(str(tmp_path / "labels.parquet"))).html)
-    (data,) = [json.loads(source) for source in page.raw["script"] if source.startswith("{")]
+    data = page_data(make_report(dataset, {}, truth=truth_at(str(tmp_path / "labels.parquet"))))
     (own,) = data["judged"].values()
     true = sum(table["true"])
     assert (own["texts"], own["true"], own["roc_auc"], own["average_precision"]) == (len(scored), true, 1.0, 1.0)

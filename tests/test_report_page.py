@@ -12,6 +12,7 @@ from conftest import read
 from curated_web import HOSTILE, curate_web, make_web
 
 from capfilt.schema import Status
+from capfilt.spec import KeepOut
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -143,6 +144,22 @@ def test_the_sliders_move_the_gallery(page: Any) -> None:
     )
     assert all(score >= 0.6995 for score in scores)
     assert scores == sorted(scores)  # borderline first
+
+
+def test_a_text_with_a_word_that_is_kept_out_never_matches(browser: Any, tmp_path: Path) -> None:
+    make_web(tmp_path)
+    spec, summary = curate_web(tmp_path, keep_out=KeepOut(words=("shard",)))
+    watched = Watched(browser, Path(spec.output) / "_runs" / summary.run / "report.html")
+    watched.page.select_option("#verdict", "kept")
+    slide(watched.page, "web", 0.0)
+    watched.page.wait_for_function("() => document.querySelectorAll('.pair').length === 24")
+    texts = watched.page.locator(".pair .text").evaluate_all(
+        "(all) => all.map((one) => [one.querySelector('.about').textContent, one.classList.contains('match')])"
+    )
+    assert {match for said, match in texts if "kept out word" in said} == {False}
+    assert {match for said, match in texts if "kept out word" not in said} == {True}
+    assert watched.said == []
+    watched.context.close()
 
 
 def test_filters_and_search(page: Any) -> None:

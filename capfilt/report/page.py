@@ -31,7 +31,7 @@ from capfilt.report.outcome import BYTES_RANGE, PER_OCTAVE, RANGE
 from capfilt.report.pictures import Key
 from capfilt.report.statistics import Statistics
 from capfilt.report.tally import WEB
-from capfilt.schema import SHARD
+from capfilt.schema import SHARD, Reason
 from capfilt.spec import Thresholds
 from capfilt.terminal import escaped
 
@@ -181,10 +181,8 @@ def _card(row: Mapping[str, Any], picture: str, thresholds: Mapping[str, float])
         }
         for text in row["texts"]
     ]
-    best = {
-        source: max((t["score"] for t in texts if t["source"] == source and t["score"] is not None), default=None)
-        for source in thresholds
-    }
+    judged = [text for text in texts if text["score"] is not None and text["reason"] != Reason.KEPT_OUT_WORD]
+    best = {source: max((t["score"] for t in judged if t["source"] == source), default=None) for source in thresholds}
     about = {name: row[name] for name in ("row", "width", "height", "format", "image_bytes", "status", "reason")}
     said = {name: row[name] and escaped(redacted(row[name])) for name in ("url", "detail", "note")}
     has = {"picture": picture} if picture.startswith("data:") else {"noPicture": escaped(picture)}
