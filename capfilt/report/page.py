@@ -25,8 +25,9 @@ from markupsafe import Markup
 from capfilt.records import RunRecord
 from capfilt.redaction import redacted
 from capfilt.report.captions import DRAWN_TEXTS, DRAWN_WORDS, NGRAMS
-from capfilt.report.drift import SHIFT, alarms, compare, shifts
+from capfilt.report.drift import SHIFT, alarms, shifts
 from capfilt.report.judged import Judged
+from capfilt.report.numbers import compare
 from capfilt.report.outcome import BYTES_RANGE, PER_OCTAVE, RANGE
 from capfilt.report.pictures import Key
 from capfilt.report.statistics import Statistics
@@ -68,6 +69,7 @@ class Page:
 
     Attributes:
         all_rows: of the dataset, where `now` is about some of its shards.
+        other: the dataset that `before` is of; None where it is the same.
         before_note, truth_note: why there is nothing to compare with, or no truth.
         rows: of the gallery, as capfilt.report.gallery.choose_rows returns them.
         pictures: of these rows, data URLs or why there is none.
@@ -79,14 +81,19 @@ class Page:
     all_rows: int | None
     now: Statistics
     before: Statistics | None
+    other: str | None
     before_note: str
-    judged: Mapping[str, Judged]
     truth_note: str
     rows: Sequence[Mapping[str, Any]]
     pictures: Mapping[Key, str]
     gallery_bytes: int
     runs: Sequence[RunRecord]
     made: datetime
+
+    @property
+    def judged(self) -> Mapping[str, Judged]:
+        """The scores against the truth."""
+        return self.now.judged
 
     def html(self) -> bytes:
         """The file.

@@ -29,6 +29,8 @@ THREADS = 4
 
 WEB = str(Source.WEB)
 SYNTHETIC = "synthetic"
+ALL = "all captioners"
+"""Together. No origin has this name: a card's has no space in it."""
 
 COLUMNS = [
     *("shard", "row", "url", "format", "width", "height", "image_sha256", "image_bytes", "status", "reason", "detail"),
