@@ -93,6 +93,11 @@ def versions(ctx: typer.Context, incomplete: str) -> Candidates:
     return _replacing(incomplete, lambda _: _commits(_place(output), "annotations") if output else [])
 
 
+def versions_or_datasets(ctx: typer.Context, incomplete: str) -> Candidates:
+    """As :func:`versions`, then as :func:`datasets`."""
+    return versions(ctx, incomplete) + datasets(incomplete)
+
+
 def environment_names(incomplete: str) -> Candidates:
     """Variables of the environment; never their values."""
     return _replacing(incomplete, lambda _: [(name, "") for name in sorted(os.environ)])

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from capfilt.arguments import DATASETS, Output, Version, examples, place_of
-from capfilt.completion import versions
+from capfilt.completion import versions, versions_or_datasets
 from capfilt.errors import CapfiltError, DatasetError
 from capfilt.printing import print_dataset, print_diff, print_holder, print_runs
 from capfilt.terminal import counted, err, say
@@ -64,6 +64,7 @@ def runs(
     epilog=examples(
         "capfilt report s3://my-bucket/laion-curated",
         "capfilt report runs/mine --to mine.html --version 8 --against 4",
+        "capfilt report runs/round-2/curated --against runs/round-1/curated",
         "capfilt report runs/mine --truth mine-marks.parquet",
     ),
 )
@@ -75,12 +76,13 @@ def report(
     ] = None,
     version: Version = None,
     against: Annotated[
-        int | None,
+        str | None,
         typer.Option(
-            help="Version to compare with; the one that the run before left if not given.",
-            min=0,
+            metavar="VERSION|OUTPUT",
+            help="Version to compare with; or another curated dataset, as OUTPUT is given, whose newest version it is. "
+            "The version that the run before left if not given.",
             show_default=False,
-            autocompletion=versions,
+            autocompletion=versions_or_datasets,
         ),
     ] = None,
     truth: Annotated[
@@ -105,13 +107,17 @@ def report(
         raise CapfiltError(f"{to}: no such directory; name another file with --to")
     dataset = CuratedDataset.for_reading(place, options)
     known = truth_at(truth) if truth else None
-    made = make_report(dataset, options, version=version, against=against, truth=known)
+    before: int | CuratedDataset | None = None
+    if against:
+        before = int(against) if against.isdecimal() else CuratedDataset.for_reading(*place_of(against))
+    made = make_report(dataset, options, version=version, against=before, truth=known)
     file = to or Path(f"{place.rstrip('/').rpartition('/')[2]}-version-{made.version}.html")
     try:
         file.write_bytes(made.html)
     except OSError as error:
         raise CapfiltError(f"{file}: cannot be written: {error.strerror}; name another file with --to") from error
     compared = "" if made.against is None else f", compared with version {made.against}"
+    compared += f" of {made.other}" if made.other else ""
     say(f"{file}: version {made.version} of {place}, {counted(made.rows, 'row')}{compared}")
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from curated_web import curate_web, make_web
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -27,7 +28,7 @@ from capfilt.errors import CapfiltError, SpecError, TrainingError
 from capfilt.models.tiny import write_tiny_pair
 from capfilt.pipelines.bootstrap import bootstrap, plan_stages
 from capfilt.pipelines.stages import Stage, StageError, _Running, run_stages, to_begin
-from capfilt.spec import BootstrapSpec, EvaluateSpec, Input, Truth, load_spec
+from capfilt.spec import BootstrapSpec, CurateSpec, EvaluateSpec, Input, ThresholdsOverride, Truth, load_spec
 from capfilt.toyweb import render, render_clean
 
 TRAINING: dict[str, Any] = {
@@ -113,6 +114,47 @@ def test_stages_of_two_rounds_with_the_ablation(home: Path) -> None:
         "round-1/model-C": {"round-1/unfiltered"},
         "round-1/evaluation-C": {"round-1/model-C"},
     }
+
+
+def test_a_rounds_report_is_against_the_round_before(home: Path) -> None:
+    """The stage of a round names its captioner, and its output, anew: the run itself knows of nothing before it."""
+    spec = spec_in(home, "compared", rounds=3, ablation=True)
+    output = Path(spec.output)
+    for number in (1, 2, 3):
+        for role in ("captioner", "filter"):
+            card = {"role": role, "name": f"{role}-{number}", "checkpoint": {"path": str(home / "tiny" / role)}}
+            folder = output / f"round-{number}" / role
+            folder.mkdir(parents=True)
+            (folder / f"{role}.yaml").write_text(yaml.safe_dump({**card, "image_size": 32}))
+    made = {stage.name: stage.make() for stage in plan_stages(spec) if stage.name.endswith(("curated", "unfiltered"))}
+    assert {name: stage.report_against for name, stage in made.items() if isinstance(stage, CurateSpec)} == {
+        "round-1/curated": None,
+        "round-1/unfiltered": None,
+        "round-2/curated": str(output / "round-1" / "curated"),
+        "round-3/curated": str(output / "round-2" / "curated"),
+    }
+    assert all(stage.report for stage in made.values() if isinstance(stage, CurateSpec))
+
+
+def test_the_alarms_of_every_round_are_said(home: Path) -> None:
+    """All stages are done; of the second round's texts none is kept."""
+    spec = spec_in(home, "alarming", rounds=2)
+    output, told = Path(spec.output), io.StringIO()
+    for stage in plan_stages(spec):
+        (output / "stages" / stage.name).parent.mkdir(parents=True, exist_ok=True)
+        (output / "stages" / f"{stage.name}.json").write_text('{"seconds": 1}')
+        (output / stage.name).mkdir(parents=True)
+        (output / stage.name / "evaluation.json").write_text("{}")
+    make_web(home / "pictures")
+    for number, least in ((1, 0.0), (2, 1.0)):
+        thresholds = ThresholdsOverride(web=least, synthetic=least)
+        curated = str(output / f"round-{number}" / "curated")
+        _, summary = curate_web(home / "pictures", output=curated, thresholds=thresholds)
+    assert summary.alarms == ["Nothing is kept. No text of any row reaches its threshold."]
+    bootstrap(spec, console=Console(file=told, width=500))
+    assert [line for line in told.getvalue().splitlines() if "curated: " in line] == [
+        f"capfilt: round-2/curated: {summary.alarms[0]}"
+    ]
 
 
 def test_settings_are_compared_at_equal_steps_only(home: Path) -> None:

@@ -118,6 +118,7 @@ CHANGES: list[tuple[str, Any, tuple[str, ...]]] = [
     ("withdrawn", {"urls": ["/gone.txt"]}, NONE),  # of the shards alone that a list hits
     ("retention", {"days": 30}, NONE),
     ("report", False, NONE),
+    ("report_against", "/before", NONE),
     ("ray", {"num_cpus": 1}, NONE),
     ("output", "/elsewhere", NONE),
     ("input", {"paths": ["/other"]}, NONE),

@@ -15,6 +15,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -35,15 +36,17 @@ from capfilt.receipts import Receipt
 from capfilt.records import earlier
 from capfilt.report import AT_END, Limits, Report, make_report, report
 from capfilt.report.captions import Captions, Counted, measure_captions
-from capfilt.report.drift import alarms, compare, shifts, stability_index
+from capfilt.report.drift import alarms, shifts, stability_index
 from capfilt.report.gallery import choose_rows
 from capfilt.report.judged import truth_at
+from capfilt.report.numbers import compare
 from capfilt.report.page import MOST, PLOT_STYLE
 from capfilt.report.pictures import Budget, Pictures
-from capfilt.report.statistics import Statistics, measure, tallied
-from capfilt.report.tally import COLUMNS, Tally
+from capfilt.report.statistics import Statistics, measure, side_by_side, tallied
+from capfilt.report.tally import ALL, COLUMNS, Tally
+from capfilt.rules import Rules
 from capfilt.schema import ANNOTATION_FILE_SCHEMA, Source, Status
-from capfilt.spec import CurateSpec, Thresholds, ThresholdsOverride
+from capfilt.spec import CurateSpec, Duplicates, KeepOut, Thresholds, ThresholdsOverride
 from capfilt.text import clean
 
 PAGE = Path(report.__file__).parent / "static"
@@ -151,9 +154,38 @@ def test_any_threshold_keeps_what_decide_would(tmp_path: Path, decision: str, fi
         scores.scores.kept(0.4371, 0.5)
 
 
+def test_a_text_with_a_word_that_is_kept_out_matches_at_no_threshold(tmp_path: Path) -> None:
+    """Its scores stay on record; what the sliders count, and which texts the gallery shows as matching, go by rules."""
+    make_web(tmp_path)
+    lists = KeepOut(words=("shard", "endless"))
+    spec, _ = curate_web(tmp_path, report=False, keep_out=lists, thresholds=ThresholdsOverride(web=0.3, synthetic=0.3))
+    dataset, rows = CuratedDataset.for_reading(spec.output, {}), read(spec.output)
+    found = statistics(dataset)
+    assert found.rule.exact
+    assert Counter(text["reason"] for row in rows for text in row["texts"])["kept_out_word"] > ROWS
+    judged = [row for row in rows if row["reason"] in (None, "no_match")]
+    assert any(_best(row, barred=True) >= 0.3 > _best(row, barred=False) for row in judged)
+    for least in (0.3, 0.5, 0.9):
+        rules = Rules(spec.model_copy(update={"thresholds": ThresholdsOverride(web=least, synthetic=least)}))
+        kept = sum(rules.judge([_text(text) for text in row["texts"]], None)[1] is Status.KEPT for row in judged)
+        assert found.scores.kept(least, least) == kept
+    elsewhere = {"duplicates": Duplicates()}, {"keep_out": KeepOut(domains=("example.org",))}
+    rules_of = [replace(found.rule, spec=spec.model_copy(update=fields)) for fields in ({}, *elsewhere)]
+    assert [rule.elsewhere for rule in rules_of] == [False, True, True]
+    gallery = page_data(make_report(dataset, {}))["gallery"]
+    best = {(row["shard"], row["row"]): max(row["best"].values(), key=lambda b: b or 0) for row in gallery}
+    for row in judged:
+        assert best.get((row["shard"], row["row"]), _best(row)) == _best(row)
+
+
+def _best(row: dict[str, Any], barred: bool = False) -> float:
+    """The highest score of a row's texts, of those with a word that is kept out, or of the others."""
+    return max((t["itm"] for t in row["texts"] if t["itm"] and (t["reason"] == "kept_out_word") == barred), default=0.0)
+
+
 def _text(text: dict[str, Any]) -> Text:
     scores = tuple(FilterScore(**score) for score in text["scores"])
-    return Text(Source(text["source"]), 0, text["text"], clean(text["text"]), text["captioner"], scores)
+    return Text(Source(text["source"]), 0, text["text"], clean(text["text"] or ""), text["captioner"], scores)
 
 
 def test_where_no_run_is_on_record_thresholds_are_those_that_were_seen(
@@ -364,6 +396,14 @@ class Parsed(HTMLParser):
             self.text.append(data)
 
 
+def page_data(made: Report) -> dict[str, Any]:
+    """What the page's scripts are given."""
+    (raw,) = [source for source in Parsed(made.html).raw["script"] if source.startswith("{")]
+    found = json.loads(raw)
+    assert isinstance(found, dict)
+    return found
+
+
 def test_the_page_loads_nothing_and_runs_its_own_scripts_alone(made: Report) -> None:
     page = Parsed(made.html)
     (policy,) = [
@@ -420,7 +460,7 @@ def test_the_page_says_the_numbers(made: Report, rows: list[dict[str, Any]]) -> 
 
 
 def test_the_data_for_the_sliders_are_the_rows(made: Report, dataset: CuratedDataset) -> None:
-    (data,) = [json.loads(source) for source in Parsed(made.html).raw["script"] if source.startswith("{")]
+    data = page_data(made)
     scores = statistics(dataset).scores
     assert sum(n for _, _, n in data["decided"]) == scores.decided
     half = data["thresholds"].index(0.5) + 1
@@ -540,14 +580,144 @@ def test_alarms(dataset: CuratedDataset) -> None:
     assert raised(replace(enough, loops=40)) == []
     assert raised(replace(enough, loops=41)) == [(True, "writer loops")]
     assert raised(texts(drawn=350.0), enough) == []
-    assert raised(texts(drawn=349.0), enough) == [(True, "writer has lost variety of captions")]
+    assert raised(texts(drawn=349.0), enough) == [(True, "writer: variety of captions is lost")]
     fewer = replace(enough, words=replace(enough.words, drawn=299.0))
-    assert raised(fewer, enough) == [(True, "writer has lost variety of words")]
+    assert raised(fewer, enough) == [(True, "writer: variety of words is lost")]
     longer = replace(enough, mean_words=1.51 * enough.mean_words)
-    assert raised(longer, enough) == [(False, "writer writes at another length")]
+    assert raised(longer, enough) == [(False, "writer: captions of another length")]
     alike = {"writer": {"itm": (0.5, 0.01)}}
     flat = replace(calm, captions={"writer": enough}, scores=replace(calm.scores, means=alike))
     assert [alarm.title for alarm in alarms(flat)] == ["The filters find all texts of writer alike"]
+
+
+def fewer(own: Captions, drawn: float) -> Captions:
+    """Captions of 2,000 texts, so many different ones of 1,000."""
+    return replace(own, texts=Counted(2000, 900, drawn, 0.01, (("x", 20),)), words=Counted(20, 8, 8.0, 0.1, ()))
+
+
+def test_a_new_captioner_is_held_to_the_one_before(dataset: CuratedDataset) -> None:
+    """Every round of a bootstrap names its captioner anew."""
+    calm = statistics(dataset)
+    was, is_ = (fewer(calm.captions["writer"], drawn) for drawn in (700.0, 349.0))
+    before = replace(calm, captions={"round-1": was}, together=was)
+    now = replace(calm, captions={"round-2": is_}, together=is_)
+    assert [(alarm.collapse, alarm.title) for alarm in alarms(now, before)] == [
+        (True, "all captioners: variety of captions is lost")
+    ]
+    same = replace(calm, captions={"round-1": is_}, together=is_)
+    assert [alarm.title for alarm in alarms(same, before)] == ["round-1: variety of captions is lost"]
+
+
+@pytest.fixture(scope="module")
+def rounds(tmp_path_factory: pytest.TempPathFactory) -> tuple[CurateSpec, CurateSpec]:
+    """One web, curated by two captioners, then in another output by a third one."""
+    root = tmp_path_factory.mktemp("rounds")
+    make_web(root)
+    (captioner,) = cards(root)["captioners"]
+    first, second, third = (captioner.model_copy(update={"name": f"round-{n}"}) for n in range(3))
+    before, _ = curate_web(root, output=str(root / "one"), captioners=(first, second), report=False)
+    now, summary = curate_web(root, output=str(root / "two"), captioners=(third,), report_against=before.output)
+    assert summary.report_error is None
+    return before, now
+
+
+def test_another_dataset_is_compared(rounds: tuple[CurateSpec, CurateSpec]) -> None:
+    one, two = (CuratedDataset.for_reading(spec.output, {}) for spec in rounds)
+    made = make_report(two, {}, against=one)
+    number = one.versions()["annotations"]
+    assert (made.against, made.other) == (number, one.output)
+    text = " ".join(" ".join(Parsed(made.html).text).split())
+    assert f"against version {number} of {one.output} ." in text
+    changes = {change.name: change for change in compare(statistics(one), statistics(two))}
+    texts = changes["all captioners: texts"]
+    assert texts.before == 2 * (texts.now or 0) > 0
+    assert changes["round-2: texts"].before is changes["round-0: texts"].now is None
+    assert {"all captioners: ITM", "all captioners: reasons of texts"} <= {
+        shift.name for shift in shifts(statistics(one), statistics(two))
+    }
+
+
+def test_all_captioners_together_are_what_the_table_holds(rounds: tuple[CurateSpec, CurateSpec]) -> None:
+    spec, _ = rounds
+    before = statistics(CuratedDataset.for_reading(spec.output, {}))
+    together, _ = side_by_side(before, replace(before, captions={}))
+    texts = [text for row in read(spec.output) for text in row["texts"] if text["source"] == "synthetic"]
+    scores = np.array([text["itm"] for text in texts if text["itm"] is not None], float)
+    own = together.captions[ALL]
+    assert (own.texts.total, own.texts.distinct) == (len(texts), len({text["text"] for text in texts}))
+    assert list(together.captions) == ["web", ALL, "round-0", "round-1"]
+    assert together.scores.means[ALL]["itm"] == pytest.approx((scores.mean(), scores.std()))
+    assert together.scores.itm[ALL].sum() == len(scores)
+    assert {reason: n for origin, reason, n in together.outcome.texts if origin == ALL} == Counter(
+        text["reason"] for text in texts
+    )
+
+
+def test_a_runs_report_is_against_the_dataset_that_its_spec_names(rounds: tuple[CurateSpec, CurateSpec]) -> None:
+    one, two = rounds
+    (folder,) = (Path(two.output) / "_runs").glob("*/report.html")
+    assert f"of {one.output} ." in " ".join(" ".join(Parsed(folder.read_bytes()).text).split())
+
+
+def test_every_statistic_is_compared(tmp_path: Path) -> None:
+    """Single reasons, small images, the scores against the truth, and the runs' speed."""
+    make_web(tmp_path)
+    spec, first = curate_web(tmp_path, report=False)
+    _, second = curate_web(tmp_path, thresholds=ThresholdsOverride(web=0.9, synthetic=0.9), report=False)
+    dataset, rows = CuratedDataset.for_reading(spec.output, {}), read(spec.output)
+    texts = [(row["image_sha256"], text) for row in rows for text in row["texts"] if text["itm"] is not None]
+    table = {
+        "image_sha256": [sha256 for sha256, _ in texts],
+        "text": [text["text"] for _, text in texts],
+        "true": [text["itm"] > 0.3 for _, text in texts],
+    }
+    pq.write_table(pa.table(table), tmp_path / "labels.parquet")
+    made = make_report(dataset, {}, truth=truth_at(str(tmp_path / "labels.parquet")))
+    page = Tables(made.html).rows
+    for status, name in ((Status.DROPPED, "no_match"), (Status.ERROR, "not_an_image")):
+        before, now = (summary.reasons[name] / first.counts.rows for summary in (first, second))
+        assert page[f"rows, {name.replace('_', ' ')}"][:2] == [_percent(before), _percent(now)], status
+    assert "writer: texts, below threshold" in page
+    assert "rows, truncated image" not in page  # there are none
+    assert page["images with a side below 200"][:2] == ["100.0%", "100.0%"]
+    assert page["truth, web: ROC AUC"] == ["1.000", "1.000", "="]
+    assert page["truth, web: calibration error"][2] == "="
+    assert page["run: rows a second"][0] != "–" != page["run: rows a second"][1]
+    assert page["run: rows a second of a worker, write"][0] != "–"
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.2f}%" if fraction < 0.1 else f"{100 * fraction:.1f}%"
+
+
+class Tables(HTMLParser):
+    """The rows of a page's tables that have a head, by it."""
+
+    def __init__(self, page: bytes) -> None:
+        super().__init__()
+        self.rows: dict[str, list[str]] = {}
+        self._cells: list[str] = []
+        self._in = False
+        self.feed(page.decode())
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "tr":
+            self._cells, self._head = [], False
+        if tag in ("th", "td"):
+            self._in = True
+            self._cells.append("")
+            self._head = self._head or ("scope", "row") in attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("th", "td"):
+            self._in = False
+        if tag == "tr" and self._head:
+            name, *cells = self._cells
+            self.rows[name] = cells
+
+    def handle_data(self, data: str) -> None:
+        if self._in:
+            self._cells[-1] += data
 
 
 # --- the truth ---
@@ -568,8 +738,7 @@ def test_labels_tell_how_good_the_scores_are(
         "true": [itm > 0.3 for _, _, itm in scored],
     }
     pq.write_table(pa.table(table), tmp_path / "labels.parquet")
-    page = Parsed(make_report(dataset, {}, truth=truth_at(str(tmp_path / "labels.parquet"))).html)
-    (data,) = [json.loads(source) for source in page.raw["script"] if source.startswith("{")]
+    data = page_data(make_report(dataset, {}, truth=truth_at(str(tmp_path / "labels.parquet"))))
     (own,) = data["judged"].values()
     true = sum(table["true"])
     assert (own["texts"], own["true"], own["roc_auc"], own["average_precision"]) == (len(scored), true, 1.0, 1.0)
@@ -610,10 +779,28 @@ def test_the_command_writes_a_page(
     assert f"Version {number - 1}".encode() in (tmp_path / "mine.html").read_bytes()
 
 
+@pytest.mark.parametrize("against", ["1", "one", "pipelines/one.yaml"])
+def test_the_command_compares_with_a_version_or_a_dataset(
+    rounds: tuple[CurateSpec, CurateSpec], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, against: str
+) -> None:
+    before, now = rounds
+    place = Path(before.output).parent
+    (place / "pipelines").mkdir(exist_ok=True)
+    (place / "pipelines" / "one.yaml").write_text(json.dumps(before.model_dump(mode="json")))
+    monkeypatch.chdir(place)
+    done = CliRunner().invoke(app, ["report", now.output, "--to", str(tmp_path / "it.html"), "--against", against])
+    assert done.exit_code == 0, done.output
+    number = 1 if against == "1" else CuratedDataset.for_reading(before.output, {}).versions()["annotations"]
+    other = "" if against == "1" else f" of {before.output}"
+    assert f"compared with version {number}{other}\n" in done.output
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--version", "77"], "no version 77"),
+        (["--against", "nowhere"], "nowhere/pairs: no curated dataset there"),
+        (["--against", "99"], "no version 99"),
         (["--to", "none/there.html"], "none/there.html: no such directory; name another file with --to"),
         (["--truth", "nowhere"], "nowhere: no such file or directory"),
     ],
@@ -640,7 +827,8 @@ def test_a_run_leaves_its_report(curated: tuple[CurateSpec, Summary]) -> None:
     page = (folder / leave_report.PAGE).read_bytes()
     assert page.startswith(b"<!doctype html>")
     assert summary.run.encode() in page
-    assert json.loads((folder / "summary.json").read_text())["report"] == "report.html"
+    record = json.loads((folder / "summary.json").read_text())
+    assert (record["report"], record["alarms"]) == ("report.html", summary.alarms)
 
 
 def test_a_report_that_cannot_be_written_fails_no_run(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from curated_web import HOSTILE, curate_web, make_web
 from test_report_models import curate_with
 
 from capfilt.schema import Status
+from capfilt.spec import KeepOut
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
@@ -125,15 +127,24 @@ def test_the_sliders_move_the_counts(page: Any, report: tuple[Path, list[dict[st
     assert int(counted.inner_text()) == kept_at(rows, 0.5, 0.5)
 
 
-def test_the_sliders_move_the_gallery(page: Any) -> None:
+def test_the_sliders_move_the_gallery(page: Any, report: tuple[Path, list[dict[str, Any]]]) -> None:
     def verdicts() -> set[str]:
         return set(page.locator(".pair").evaluate_all("(all) => all.map((one) => one.dataset.verdict)"))
 
+    def found() -> tuple[int, ...]:
+        """Examples that are kept, dropped and errors."""
+        (*_, kept, dropped, errors) = re.findall(r"\d+", page.locator("#found").inner_text())
+        return int(kept), int(dropped), int(errors)
+
     page.select_option("#order", "borderline")
+    kept, dropped, errors = found()
+    judged = len([row for row in report[1] if row["reason"] == "no_match"])
+    assert 0 < judged <= dropped  # others have no text to judge
     slide(page, "web", 0.0)
-    assert "dropped" not in verdicts() - {"error"} or page.locator("#found").inner_text().count("0 dropped") == 0
-    page.select_option("#verdict", "kept")
+    assert found() == (kept + judged, dropped - judged, errors)
     slide(page, "web", 1.0)
+    assert found() == (0, kept + dropped, errors)
+    page.select_option("#verdict", "kept")
     page.wait_for_function("() => document.querySelectorAll('.pair').length === 0")
     slide(page, "web", 0.7)
     page.wait_for_function("() => document.querySelectorAll('.pair').length > 0")
@@ -144,6 +155,22 @@ def test_the_sliders_move_the_gallery(page: Any) -> None:
     )
     assert all(score >= 0.6995 for score in scores)
     assert scores == sorted(scores)  # borderline first
+
+
+def test_a_text_with_a_word_that_is_kept_out_never_matches(browser: Any, tmp_path: Path) -> None:
+    make_web(tmp_path)
+    spec, summary = curate_web(tmp_path, keep_out=KeepOut(words=("shard",)))
+    watched = Watched(browser, Path(spec.output) / "_runs" / summary.run / "report.html")
+    watched.page.select_option("#verdict", "kept")
+    slide(watched.page, "web", 0.0)
+    watched.page.wait_for_function("() => document.querySelectorAll('.pair').length === 24")
+    texts = watched.page.locator(".pair .text").evaluate_all(
+        "(all) => all.map((one) => [one.querySelector('.about').textContent, one.classList.contains('match')])"
+    )
+    assert {match for said, match in texts if "kept out word" in said} == {False}
+    assert {match for said, match in texts if "kept out word" not in said} == {True}
+    assert watched.said == []
+    watched.context.close()
 
 
 def test_filters_and_search(page: Any) -> None:

@@ -18,6 +18,7 @@ from typing import Any
 
 from rich.console import Console
 
+from capfilt.dataset import CuratedDataset
 from capfilt.errors import TrainingError
 from capfilt.inputs import list_inputs
 from capfilt.interrupts import interruptible
@@ -38,6 +39,7 @@ from capfilt.spec import (
     ThresholdsOverride,
     load_card,
 )
+from capfilt.terminal import say
 from capfilt.truth import read_truth
 from capfilt.weights import inspect_starts
 
@@ -114,6 +116,9 @@ def bootstrap(spec: BootstrapSpec, *, console: Console | None = None) -> Bootstr
             Result(number, setting, json.loads((output / stage / "evaluation.json").read_text(encoding="utf-8")))
             for number, setting, stage in plan.evaluations
         )
+        for stage in plan.curated:
+            for alarm in _alarms(output / stage):
+                say(f"capfilt: {stage}: {alarm}", console)
         summary = BootstrapSummary(spec.output, results, seconds, time.monotonic() - begin)
         write_json(output / "bootstrap.json", {"spec": about["spec"], **asdict(summary)})
     return summary
@@ -147,6 +152,12 @@ def _refuse_if_moved(output: Path, record: Mapping[str, Any]) -> None:
         )
 
 
+def _alarms(curated: Path) -> list[str]:
+    """Those of the report that a round left, which compares it with the round before."""
+    records = CuratedDataset.for_reading(str(curated), {}).runs()
+    return next((list(record.details.get("alarms", ())) for record in records if record.details.get("report")), [])
+
+
 def plan_stages(spec: BootstrapSpec) -> list[Stage]:
     """The stages of a run, those first that others wait for."""
     return _Plan(spec).stages
@@ -159,6 +170,7 @@ class _Plan:
         self.spec, self.output = spec, Path(spec.output)
         self.stages: list[Stage] = []
         self.evaluations: list[tuple[int, str, str]] = []
+        self.curated: list[str] = []
         self.human = PairSource(pairs=spec.human, weight=spec.human_weight)
         start = self._add("round-0/model", lambda: self._pretrain("round-0/model", PairSource(pairs=spec.web)))
         self._evaluate(0, NONE, "round-0", start, None)
@@ -182,6 +194,7 @@ class _Plan:
             captioner,
             judge,
         )
+        self.curated.append(curated)
         data = PairSource(dataset=self._path(curated))
         model = self._add(f"{here}/model", lambda: self._pretrain(f"{here}/model", data), curated)
         self._evaluate(number, BOTH, here, model, curated)
@@ -261,6 +274,7 @@ class _Plan:
     def _curate(self, stage: str, captioner: str, judge: str, thresholds: ThresholdsOverride | None) -> CurateSpec:
         spec, settings = self.spec, self.spec.curate
         number = int(stage.split("/")[0].removeprefix("round-"))
+        before = self._path(f"round-{number - 1}/curated") if number > 1 else None
         return CurateSpec(
             kind="curate",
             input=spec.web,
@@ -272,6 +286,7 @@ class _Plan:
             images=spec.images,
             fragment_rows=settings.fragment_rows,
             max_error_fraction=settings.max_error_fraction,
+            report_against=before,
             ray=spec.ray,
         )
 

@@ -84,6 +84,7 @@ class Summary:
         copies: rows of all shards that are dropped as copies, where they were looked for.
         outcome: `done`, `interrupted`, or the error that ended the run.
         report: name of the page that the run left in its folder, if it did; report_error: why it could not.
+        alarms: of that page.
         versions: of the tables after the run.
         elapsed: seconds.
     """
@@ -107,6 +108,7 @@ class Summary:
     outcome: str = "running"
     report: str | None = None
     report_error: str | None = None
+    alarms: list[str] = field(default_factory=list)
     versions: dict[str, int] = field(default_factory=dict)
     elapsed: float = 0.0
 

@@ -24,7 +24,7 @@ def leave_report(
 ) -> None:
     """Write the page of what the dataset holds now to the run's folder, unless the run was broken off or did nothing.
 
-    Sets `summary.report`; or `summary.report_error`, which is said and logged, too.
+    Sets `summary.report` and `summary.alarms`, which are logged; or `summary.report_error`, which is said, too.
 
     Args:
         record: writes the summary anew.
@@ -35,8 +35,14 @@ def leave_report(
         try:
             from capfilt.report import AT_END, make_report  # not before it is needed: it takes a moment to load
 
-            dataset.write_run_page(summary.run, PAGE, make_report(dataset, spec.output_options, limits=AT_END).html)
+            other = spec.report_against
+            against = CuratedDataset.for_reading(other, spec.output_options) if other else None
+            made = make_report(dataset, spec.output_options, against=against, limits=AT_END)
+            dataset.write_run_page(summary.run, PAGE, made.html)
             summary.report = PAGE
+            summary.alarms = [f"{alarm.title}. {alarm.detail}" for alarm in made.alarms]
+            for alarm in summary.alarms:
+                event("report_alarm", logging.WARNING, run=summary.run, alarm=alarm)
         except Exception as error:
             summary.report_error = one_line(error)
             raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from capfilt.report.tally import Tally
+from capfilt.report.tally import ALL, WEB, Tally
 
 LONGEST = 50
 """Words; longer texts are counted as this long."""
@@ -65,7 +65,25 @@ class Captions:
 
 def measure_captions(tally: Tally) -> dict[str, Captions]:
     """By origin, the web first."""
-    tally.ask(f"CREATE OR REPLACE VIEW worded AS SELECT origin, clean, {_WORDS} AS words FROM texts WHERE clean <> ''")
+    return _measured(tally, f"SELECT origin, clean, {_WORDS} AS words FROM texts WHERE clean <> ''")
+
+
+def measure_together(tally: Tally, by_origin: dict[str, Captions]) -> Captions | None:
+    """Of all captioners together; None where there is none.
+
+    Args:
+        by_origin: as :func:`measure_captions` returns them.
+    """
+    captioners = [own for origin, own in by_origin.items() if origin != WEB]
+    if len(captioners) < 2:
+        return captioners[0] if captioners else None
+    texts = f"FROM texts WHERE clean <> '' AND origin <> '{WEB}'"
+    return _measured(tally, f"SELECT '{ALL}' AS origin, clean, {_WORDS} AS words {texts}")[ALL]
+
+
+def _measured(tally: Tally, worded: str) -> dict[str, Captions]:
+    """Of a query's texts, by origin."""
+    tally.ask(f"CREATE OR REPLACE VIEW worded AS {worded}")
     tally.ask("CREATE OR REPLACE TABLE counts AS SELECT origin, clean AS what, count(*) AS n FROM worded GROUP BY ALL")
     texts = _counted(tally, DRAWN_TEXTS)
     tally.ask(
@@ -85,7 +103,7 @@ def measure_captions(tally: Tally) -> dict[str, Captions]:
             repeated[origin],
             *loops.get(origin, (0, ())),
         )
-        for origin in sorted(texts, key=lambda name: (name != "web", name))
+        for origin in sorted(texts, key=lambda name: (name != WEB, name))
     }
 
 

@@ -1,4 +1,4 @@
-"""Two versions compared, and what is alarming in one or between the two. Pure functions of statistics.
+"""How far distributions moved between two versions, and what is alarming in one or between the two. Pure.
 
 Where captions come from models that learnt from such captions, variety can be lost round by round (model collapse):
 fewer words, fewer captions, loops, or a filter that finds everything alike. Each alarm has its limit here.
@@ -9,15 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 
-from capfilt.report.captions import DRAWN_TEXTS, DRAWN_WORDS, NGRAMS, Captions
-from capfilt.report.statistics import Statistics
+from capfilt.report.captions import DRAWN_TEXTS, DRAWN_WORDS, Captions
+from capfilt.report.statistics import Statistics, side_by_side
 from capfilt.report.tally import WEB
-
-Kind = Literal["count", "fraction", "number"]
 
 FEWEST = 100
 """Texts below which an origin's variety is not judged."""
@@ -32,16 +29,6 @@ KEPT_MOVED = 0.2  # of the rows, more or fewer than before
 LENGTH_MOVED = 0.5  # of the mean length
 SHIFT = 0.25
 """Population stability index from which a distribution is taken to have shifted; below 0.1 it is taken as the same."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """A number of both versions; None where one has no such number."""
-
-    name: str
-    kind: Kind
-    before: float | None
-    now: float | None
 
 
 @dataclass(frozen=True)
@@ -61,58 +48,6 @@ class Alarm:
     detail: str
 
 
-# --- numbers ---
-
-
-def numbers(of: Statistics) -> dict[str, tuple[Kind, float | None]]:
-    """Every single number of a version, by name."""
-    counts = of.outcome.counts
-    found: dict[str, tuple[Kind, float | None]] = {
-        "rows": ("count", counts.rows),
-        "rows kept": ("fraction", _ratio(counts.kept, counts.rows)),
-        "rows dropped": ("fraction", _ratio(counts.dropped, counts.rows)),
-        "rows in error": ("fraction", _ratio(counts.errors, counts.rows)),
-        "threshold, web": ("number", of.rule.thresholds.web),
-        "threshold, synthetic": ("number", of.rule.thresholds.synthetic),
-        "median width": ("number", of.images.median_width),
-        "median height": ("number", of.images.median_height),
-        "median bytes of an image": ("count", of.images.median_bytes),
-    }
-    for origin, own in of.captions.items():
-        kept = sum(n for name, reason, n in of.outcome.texts if name == origin and reason is None)
-        found |= {
-            f"{origin}: texts": ("count", own.texts.total),
-            f"{origin}: texts kept": ("fraction", _ratio(kept, own.texts.total)),
-        }
-        for name, (mean, deviation) in of.scores.means.get(origin, {}).items():
-            found[f"{origin}: {name.upper()}, mean"] = ("number", mean)
-            found[f"{origin}: {name.upper()}, standard deviation"] = ("number", deviation)
-        found |= {
-            f"{origin}: words of a text": ("number", own.mean_words),
-            f"{origin}: different texts of {DRAWN_TEXTS:,}": ("number", own.texts.drawn),
-            f"{origin}: different words of {DRAWN_WORDS:,}": ("number", own.words.drawn),
-            f"{origin}: vocabulary": ("count", own.words.distinct),
-            f"{origin}: most frequent text": ("fraction", own.texts.share),
-            **{f"{origin}: repeated {n}-grams": ("fraction", own.repeated[n]) for n in NGRAMS},
-            f"{origin}: texts that loop": ("fraction", own.loops / own.texts.total),
-        }
-    return found
-
-
-def compare(before: Statistics, now: Statistics) -> list[Change]:
-    """Every number of either version, in order."""
-    old, new = numbers(before), numbers(now)
-    names = [*new, *(name for name in old if name not in new)]
-    return [
-        Change(name, (new.get(name) or old[name])[0], old.get(name, ("", None))[1], new.get(name, ("", None))[1])
-        for name in names
-    ]
-
-
-def _ratio(part: float, whole: float) -> float | None:
-    return part / whole if whole else None
-
-
 # --- distributions ---
 
 
@@ -125,6 +60,7 @@ def distributions(of: Statistics) -> dict[str, Mapping[object, float]]:
         "bytes of images": dict(enumerate(of.images.bytes)),
     }
     for origin, own in of.captions.items():
+        found[f"{origin}: reasons of texts"] = {reason: n for name, reason, n in of.outcome.texts if name == origin}
         found[f"{origin}: words of a text"] = dict(enumerate(own.lengths))
     for origin, counts in of.scores.itm.items():
         found[f"{origin}: ITM"] = _tenths(of.scores.thresholds, counts.tolist())
@@ -135,8 +71,8 @@ def distributions(of: Statistics) -> dict[str, Mapping[object, float]]:
 
 
 def shifts(before: Statistics, now: Statistics) -> list[Shift]:
-    """Of the distributions that both versions have, the largest first."""
-    old, new = distributions(before), distributions(now)
+    """Of the distributions that both versions have, the largest first; see :func:`side_by_side`."""
+    old, new = map(distributions, side_by_side(before, now))
     found = [Shift(name, stability_index(old[name], new[name])) for name in new if name in old]
     return sorted(found, key=lambda shift: -shift.index)
 
@@ -182,9 +118,8 @@ def alarms(now: Statistics, before: Statistics | None = None) -> list[Alarm]:
     for origin, own in now.captions.items():
         if origin != WEB and own.texts.total >= FEWEST:
             found += _of_captions(origin, own, now)
-            earlier = before.captions.get(origin) if before else None
-            if earlier and earlier.texts.total >= FEWEST:
-                found += _lost(origin, own, earlier)
+    if before:
+        found += _since(before, now)
     return sorted(found, key=lambda alarm: not alarm.collapse)
 
 
@@ -221,6 +156,15 @@ def _of_captions(origin: str, own: Captions, now: Statistics) -> Iterator[Alarm]
         yield Alarm(False, f"The filters find all texts of {origin} alike", detail)
 
 
+def _since(before: Statistics, now: Statistics) -> Iterator[Alarm]:
+    """What a captioner that wrote for both has lost or, where the captioners are others, all of them."""
+    earlier, later = side_by_side(before, now)
+    for origin, own in later.captions.items():
+        was = earlier.captions.get(origin)
+        if origin != WEB and was and min(own.texts.total, was.texts.total) >= FEWEST:
+            yield from _lost(origin, own, was)
+
+
 def _lost(origin: str, own: Captions, before: Captions) -> Iterator[Alarm]:
     for what, drawn, is_, was in (
         ("captions", DRAWN_TEXTS, own.texts, before.texts),
@@ -228,10 +172,10 @@ def _lost(origin: str, own: Captions, before: Captions) -> Iterator[Alarm]:
     ):
         if min(is_.total, was.total) >= drawn and is_.drawn < LOST_VARIETY * was.drawn:
             detail = f"Of {drawn:,} {what} drawn about {is_.drawn:,.0f} differ; {was.drawn:,.0f} did before."
-            yield Alarm(True, f"{origin} has lost variety of {what}", detail)
+            yield Alarm(True, f"{origin}: variety of {what} is lost", detail)
     if abs(own.mean_words - before.mean_words) > LENGTH_MOVED * before.mean_words:
         detail = f"{before.mean_words:.1f} words on average before, {own.mean_words:.1f} now."
-        yield Alarm(False, f"{origin} writes at another length", detail)
+        yield Alarm(False, f"{origin}: captions of another length", detail)
 
 
 def _percent(fraction: float) -> str:

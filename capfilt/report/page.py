@@ -25,13 +25,14 @@ from markupsafe import Markup
 from capfilt.records import RunRecord
 from capfilt.redaction import redacted
 from capfilt.report.captions import DRAWN_TEXTS, DRAWN_WORDS, NGRAMS
-from capfilt.report.drift import SHIFT, alarms, compare, shifts
+from capfilt.report.drift import SHIFT, alarms, shifts
 from capfilt.report.judged import Judged
+from capfilt.report.numbers import compare
 from capfilt.report.outcome import BYTES_RANGE, PER_OCTAVE, RANGE
 from capfilt.report.pictures import Key
 from capfilt.report.statistics import Statistics
 from capfilt.report.tally import WEB
-from capfilt.schema import SHARD
+from capfilt.schema import SHARD, Reason
 from capfilt.spec import Thresholds
 from capfilt.terminal import escaped
 
@@ -68,6 +69,7 @@ class Page:
 
     Attributes:
         all_rows: of the dataset, where `now` is about some of its shards.
+        other: the dataset that `before` is of; None where it is the same.
         before_note, truth_note: why there is nothing to compare with, or no truth.
         rows: of the gallery, as capfilt.report.gallery.choose_rows returns them.
         pictures: of these rows, data URLs or why there is none.
@@ -79,14 +81,19 @@ class Page:
     all_rows: int | None
     now: Statistics
     before: Statistics | None
+    other: str | None
     before_note: str
-    judged: Mapping[str, Judged]
     truth_note: str
     rows: Sequence[Mapping[str, Any]]
     pictures: Mapping[Key, str]
     gallery_bytes: int
     runs: Sequence[RunRecord]
     made: datetime
+
+    @property
+    def judged(self) -> Mapping[str, Judged]:
+        """The scores against the truth."""
+        return self.now.judged
 
     def html(self) -> bytes:
         """The file.
@@ -182,10 +189,8 @@ def _card(row: Mapping[str, Any], picture: str, thresholds: Mapping[str, float])
         }
         for text in row["texts"]
     ]
-    best = {
-        source: max((t["score"] for t in texts if t["source"] == source and t["score"] is not None), default=None)
-        for source in thresholds
-    }
+    judged = [text for text in texts if text["score"] is not None and text["reason"] != Reason.KEPT_OUT_WORD]
+    best = {source: max((t["score"] for t in judged if t["source"] == source), default=None) for source in thresholds}
     about = {name: row[name] for name in ("row", "width", "height", "format", "image_bytes", "status", "reason")}
     said = {name: row[name] and escaped(redacted(row[name])) for name in ("url", "detail", "note")}
     has = {"picture": picture} if picture.startswith("data:") else {"noPicture": escaped(picture)}

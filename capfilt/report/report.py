@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import DatasetError, InputError
 from capfilt.records import RunRecord, earlier
+from capfilt.report.drift import Alarm, alarms
 from capfilt.report.gallery import choose_rows
 from capfilt.report.judged import Judged, find_truth, judge_scores
 from capfilt.report.page import Page
@@ -18,6 +19,7 @@ from capfilt.report.pictures import Budget, Pictures
 from capfilt.report.statistics import Statistics, measure, tallied
 from capfilt.report.tally import Tally
 from capfilt.spec import Truth
+from capfilt.spec.cards import Unit
 
 RUNS = 20
 """So many of the newest runs are shown."""
@@ -51,13 +53,17 @@ class Report:
         html: the page, UTF-8, at most capfilt.report.page.MOST bytes.
         version: of the annotations.
         against: the version that it is compared with; None if with none.
+        other: the dataset which that version is of; None if it is the same.
         rows: that were looked at.
+        alarms: those of the page.
     """
 
     html: bytes
     version: int
     against: int | None
+    other: str | None
     rows: int
+    alarms: tuple[Alarm, ...]
 
 
 def make_report(
@@ -65,7 +71,7 @@ def make_report(
     options: Mapping[str, Any],
     *,
     version: int | None = None,
-    against: int | None = None,
+    against: int | CuratedDataset | None = None,
     truth: Truth | None = None,
     limits: Limits = Limits(),
 ) -> Report:
@@ -74,7 +80,8 @@ def make_report(
     Args:
         options: the storage options that the dataset was opened with.
         version: the newest if not given.
-        against: another one to compare with; the one that the run before left, if not given.
+        against: another one to compare with, or another dataset, whose newest it is; the one that the run before left,
+            if not given.
         truth: which texts are true. That of a toy web is found beside the input.
         limits: what it may cost.
 
@@ -83,23 +90,30 @@ def make_report(
         InputError: the truth that was given cannot be read, or knows none of the texts.
     """
     number = dataset.versions()["annotations"] if version is None else version
-    if against is not None:
+    if isinstance(against, int):
         dataset.annotations(against)  # refused at once where there is none
     records = {record.run: record for record in dataset.runs()}
-    shards = None if version is not None or limits.rows is None else _sample(dataset, limits.rows)
+    shards = None if version is not None else _sample(dataset, limits.rows)
     with tallied(dataset, number, shards) as tally:
         now = measure(tally, number, records)
-        judged, truth_note = _judged(tally, truth, now)
+        known = truth or find_truth(now.rule.spec)
+        judged, truth_note = _judged(tally, known, now.rule.unit, must=truth is not None)
         rows = choose_rows(tally, now.rule.thresholds)
-    before, before_note = _before(dataset, records, number, against, shards)
+    now = replace(now, judged=judged)
+    known = known if judged else None
+    before: Statistics | None
+    if isinstance(against, CuratedDataset):
+        before, before_note = _newest(against, limits.rows, known), ""
+    else:
+        before, before_note = _before(dataset, records, number, against, shards, known)
     budget = Budget(limits.image_bytes, limits.image_files)
     page = Page(
         dataset=dataset.output,
         all_rows=None if shards is None else sum(state.rows for state in dataset.committed().values()),
         now=now,
         before=before,
+        other=against.output if isinstance(against, CuratedDataset) else None,
         before_note=before_note,
-        judged=judged,
         truth_note=truth_note,
         rows=rows,
         pictures=Pictures(dataset, number, now.rule.spec, options, budget).find(rows),
@@ -107,11 +121,20 @@ def make_report(
         runs=[record for record in records.values() if (record.version or 0) <= number][:RUNS],
         made=datetime.now(UTC),
     )
-    return Report(page.html(), number, before.version if before else None, now.outcome.counts.rows)
+    return Report(
+        html=page.html(),
+        version=number,
+        against=before.version if before else None,
+        other=page.other,
+        rows=now.outcome.counts.rows,
+        alarms=tuple(alarms(now, before)),
+    )
 
 
-def _sample(dataset: CuratedDataset, rows: int) -> list[str] | None:
+def _sample(dataset: CuratedDataset, rows: int | None) -> list[str] | None:
     """Whole shards of about so many rows, whichever their names' checksums say; None where that is all."""
+    if rows is None:
+        return None
     left, committed = rows, dataset.committed()
     chosen: list[str] = []
     for shard in sorted(committed, key=lambda name: (zlib.crc32(name.encode()), name)):
@@ -122,7 +145,7 @@ def _sample(dataset: CuratedDataset, rows: int) -> list[str] | None:
     return None
 
 
-# --- the version before ---
+# --- the version to compare with ---
 
 
 def _before(
@@ -131,33 +154,50 @@ def _before(
     number: int,
     against: int | None,
     shards: Sequence[str] | None,
+    truth: Truth | None,
 ) -> tuple[Statistics | None, str]:
-    """The version to compare with; or None, and why."""
+    """Another version of the dataset; or None, and why."""
     asked = against
     if against is None:
         against = earlier(number, [left for record in records.values() if (left := record.version) is not None])
     if against is None:
         return None, "There is none: no run before this one is on record."
     try:
-        with tallied(dataset, against, shards) as tally:
-            return measure(tally, against, records), ""
+        return _compared(dataset, records, against, shards, truth), ""
     except DatasetError as error:
         if asked is not None:
             raise
         return None, f"Version {against} cannot be read any more: {error}"
 
 
+def _newest(other: CuratedDataset, rows: int | None, truth: Truth | None) -> Statistics:
+    """The newest version of another dataset."""
+    records = {record.run: record for record in other.runs()}
+    return _compared(other, records, other.versions()["annotations"], _sample(other, rows), truth)
+
+
+def _compared(
+    dataset: CuratedDataset,
+    records: Mapping[str, RunRecord],
+    number: int,
+    shards: Sequence[str] | None,
+    truth: Truth | None,
+) -> Statistics:
+    with tallied(dataset, number, shards) as tally:
+        found = measure(tally, number, records)
+        return replace(found, judged=_judged(tally, truth, found.rule.unit, must=False)[0])
+
+
 # --- the truth ---
 
 
-def _judged(tally: Tally, truth: Truth | None, now: Statistics) -> tuple[dict[str, Judged], str]:
-    """The scores against the truth; or nothing, and why."""
-    found = truth or find_truth(now.rule.spec)
-    if found is None:
+def _judged(tally: Tally, truth: Truth | None, unit: Unit | None, *, must: bool) -> tuple[dict[str, Judged], str]:
+    """The scores against the truth; or nothing, and why, unless they must be."""
+    if truth is None:
         return {}, "No truth is known of these images. Give labels with --truth."
     try:
-        return judge_scores(tally, found, now.rule.unit), ""
+        return judge_scores(tally, truth, unit), ""
     except InputError as error:
-        if truth is not None:
+        if must:
             raise
         return {}, f"The truth that lies beside the input is of no use: {error}"

@@ -38,6 +38,14 @@ class Rule:
     exact: bool
     others: int
 
+    @property
+    def elsewhere(self) -> bool:
+        """Whether rows that match may be dropped for their URL, their image, or a copy of it."""
+        if self.spec is None:
+            return False
+        lists = self.spec.keep_out
+        return self.spec.duplicates is not None or (lists is not None and bool(lists.domains or lists.classifier))
+
 
 def find_rule(tally: Tally, records: Mapping[str, RunRecord]) -> Rule:
     """The rule of most rows; makes the tally's other tables by it.

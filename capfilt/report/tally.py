@@ -2,7 +2,8 @@
 
     rows      id, shard, row, url, format, width, height, image_sha256, image_bytes, status, reason, detail, note, run
     texts     id, source, origin, text, clean, score, itc, kept, reason
-    decided   id, web, synthetic: the best score of each source, of the rows that thresholds decide about
+    decided   id, web, synthetic: the best score of each source, of the rows that thresholds decide about; a text with a
+              word that is kept out has no say
 
 `origin` is `web`, or the captioner's name. `score` is what thresholds are compared with: the filters' mean ITM or,
 where they vote, the score that more than half of them reach, which under one threshold for all decides alike.
@@ -28,6 +29,8 @@ THREADS = 4
 
 WEB = str(Source.WEB)
 SYNTHETIC = "synthetic"
+ALL = "all captioners"
+"""Together. No origin has this name: a card's has no space in it."""
 
 COLUMNS = [
     *("shard", "row", "url", "format", "width", "height", "image_sha256", "image_bytes", "status", "reason", "detail"),
@@ -68,7 +71,8 @@ CREATE TABLE decided AS SELECT
   max(score) FILTER (texts.source = '{WEB}') AS web,
   max(score) FILTER (texts.source <> '{WEB}') AS synthetic
 FROM texts JOIN rows USING (id)
-WHERE score IS NOT NULL AND (rows.status = '{Status.KEPT}' OR rows.reason = '{Reason.NO_MATCH}')
+WHERE score IS NOT NULL AND texts.reason IS DISTINCT FROM '{Reason.KEPT_OUT_WORD}'
+  AND (rows.status = '{Status.KEPT}' OR rows.reason = '{Reason.NO_MATCH}')
 GROUP BY id
 """
 

@@ -15,7 +15,7 @@ import regex
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationInfo, field_validator, model_validator
 
 from capfilt.spec.cards import CaptionerCard, Card, ClassifierCard, Placement, Thresholds, ThresholdsOverride
-from capfilt.spec.fields import Images, Input, Model, OutputLocation, Ray, StorageOptions, absolute
+from capfilt.spec.fields import Images, Input, Location, Model, OutputLocation, Ray, StorageOptions, absolute
 from capfilt.spec.kinds import AnyCaptioner, AnyCard, AnyFilter
 from capfilt.spec.removal import Retention, Withdrawn
 from capfilt.spec.sampling import Sampling
@@ -165,6 +165,11 @@ class CurateSpec(Model):
         default=True,
         description="Leave a page for people in `_runs/<run>/report.html`, with small pictures of some rows. Of more "
         "than 200,000 rows it looks at a sample; `capfilt report` looks at all.",
+    )
+    report_against: Location | None = Field(
+        default=None,
+        description="Another curated dataset, whose newest version the page compares this one with; opened with "
+        "output_options. The version that the run before left if not given.",
     )
     ray: Ray = Ray()
 

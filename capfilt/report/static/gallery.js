@@ -130,7 +130,7 @@ function card(row) {
 /** One text: what it says, who says it, its scores, and whether it matches at the chosen thresholds. */
 function said_of(text) {
   const source = text.source === "web" ? "web" : "synthetic";
-  const matches = text.score != null && text.score >= chosen[source];
+  const matches = text.reason !== "kept_out_word" && text.score != null && text.score >= chosen[source];
   const cut = text.cut ? ` … and ${whole.format(text.cut)} more characters` : "";
   const words = element("bdi", { class: "said", dir: "auto" }, text.text ?? "no text", cut);
   const about = element(
@@ -139,7 +139,7 @@ function said_of(text) {
     element("bdi", {}, text.origin),
     text.score == null ? null : element("span", {}, "ITM ", element("b", {}, score(text.score))),
     text.itc == null ? null : element("span", {}, `ITC ${score(text.itc)}`),
-    text.score == null || ["duplicate_text", "not_best"].includes(text.reason) ? element("span", {}, spaced(text.reason)) : null,
+    text.score == null || ["duplicate_text", "not_best", "kept_out_word"].includes(text.reason) ? element("span", {}, spaced(text.reason)) : null,
   );
   const made = element("div", { class: `text${matches ? " match" : ""}` }, words, about);
   if ((text.text ?? "").length > 140) {
