@@ -11,6 +11,7 @@ from capfilt.spec import (
     AnyCard,
     BootstrapSpec,
     Checkpoint,
+    ClassifierCard,
     CurateSpec,
     EndpointCard,
     EvaluateSpec,
@@ -48,6 +49,8 @@ def look(loaded: RunSpec) -> Iterator[str]:
             lists = read_lists(loaded.withdrawn)
             yield f"withdrawn: {counted(len(lists.urls), 'URL')}, {counted(len(lists.keys), 'key')}"
         yield from _check_cards(*loaded.cards.values())
+        if loaded.keep_out and (classifier := loaded.keep_out.classifier):
+            yield _check_classifier(classifier)
         prints = run_fingerprints(loaded)
         yield f"fingerprints: caption {prints.caption}, score {prints.score}, decide {prints.decide}"
     elif isinstance(loaded, BootstrapSpec):
@@ -102,6 +105,16 @@ def _check_cards(*cards: AnyCard | None) -> Iterator[str]:
         elif card is not None:
             inspect(card)
             yield f"{card.role} {card.name}: {_whereabouts(card.checkpoint, files_of(card))}"
+
+
+def _check_classifier(card: ClassifierCard) -> str:
+    from capfilt.fingerprints import classifier_files
+    from capfilt.weights import inspect_classifier
+
+    inspect_classifier(card)
+    return (
+        f"classifier {card.name} keeps out {', '.join(card.labels)}: {_whereabouts(card.checkpoint, classifier_files)}"
+    )
 
 
 def _check_starts(settings: PretrainSettings) -> Iterator[str]:

@@ -13,16 +13,15 @@ from typing import Any
 
 import fsspec
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
+from capfilt.delimited import URL, cut_rows
 from capfilt.errors import InputError
 from capfilt.fragments import TEXT_COLUMNS, URL_COLUMNS
 from capfilt.spec import UrlList
 from capfilt.stores import connect, one_line, persist
 
 _BATCH = 4096
-_BLOCK = 4 * 2**20
 _NAME = re.compile(r"\.(parquet|csv|tsv|jsonl|ndjson)(?:\.(?:gz|bz2|xz|zst))?$", re.IGNORECASE)
 
 
@@ -162,8 +161,19 @@ def _recognised(file: ListFile, source: UrlList, names: Sequence[str]) -> Column
         if wanted is None and not needed:
             return None
         looked = wanted or ", ".join(known)
+        if text and (found := [name for name in names if URL.match(name)]):
+            raise InputError(
+                f"{file.path}: has no header: its line 1 holds {found[0]}. Name its {len(names)} columns in order with "
+                "urls.column_names, as [caption, url]"
+            )
         raise InputError(f"{file.path}: no column {looked}; it has {', '.join(names)}. Name it with urls.{field}")
 
+    text = file.format in ("csv", "tsv")
+    if source.column_names and not text:
+        raise InputError(
+            f"{file.path}: urls.column_names is for CSV and TSV without a header, and {file.format} names its columns "
+            "itself; leave it out, or give these lists a spec and an output of their own"
+        )
     url = pick("url_col", source.url_col, URL_COLUMNS, True)
     assert url is not None
     saved = tuple(str(pick("save_additional_columns", name, (), True)) for name in source.save_additional_columns)
@@ -205,24 +215,26 @@ def _is_text(kind: pa.DataType) -> bool:
 
 
 def _csv(file: ListFile, source: UrlList) -> Tables:
-    """Every column as strings, an empty field as null; a line with another number of fields is an error."""
-    layout = pa.csv.ParseOptions(delimiter="\t" if file.format == "tsv" else ",", newlines_in_values=True)
+    """Every column as strings, an empty field as null."""
     with _text(file, source) as opened:
-        names = pa.csv.open_csv(
-            opened, pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK), layout
-        ).schema.names  # a look at the header
-    columns = _recognised(file, source, names)
-    strings = pa.csv.ConvertOptions(
-        column_types=dict.fromkeys(columns.all, pa.string()),
-        include_columns=columns.all,
-        strings_can_be_null=True,
-        null_values=[""],
-    )
-    with _text(file, source) as opened:
-        reader = pa.csv.open_csv(opened, pa.csv.ReadOptions(use_threads=False, block_size=_BLOCK), layout, strings)
-        yield columns, reader.schema.empty_table()
-        for batch in reader:
-            yield columns, pa.Table.from_batches([batch])
+        rows = cut_rows(file.path, opened, "\t" if file.format == "tsv" else ",", source.column_names)
+        first = next(rows, None)
+        if first is None:
+            raise InputError(f"{file.path}: holds no line; take it out of urls.paths")
+        names = list(source.column_names or first)
+        columns = _recognised(file, source, names)
+        if source.column_names:
+            if first[names.index(columns.url)] in (columns.url, *URL_COLUMNS):
+                raise InputError(f"{file.path}: line 1 is a header; take out urls.column_names")
+            rows = itertools.chain([first], rows)
+        places = {name: names.index(name) for name in columns.all}
+        yield columns, _texts([], places)
+        while batch := list(itertools.islice(rows, _BATCH)):
+            yield columns, _texts(batch, places)
+
+
+def _texts(rows: Sequence[Sequence[str]], places: Mapping[str, int]) -> pa.Table:
+    return pa.table({name: pa.array([row[at] or None for row in rows], pa.string()) for name, at in places.items()})
 
 
 def _jsonl(file: ListFile, source: UrlList) -> Tables:

@@ -17,7 +17,7 @@ from capfilt.evaluate import AtThreshold, noise_rate
 from capfilt.schema import ANNOTATIONS, Reason, Source
 from capfilt.spec import Quality
 from capfilt.text import clean
-from capfilt.truth import Judge, read_truth
+from capfilt.truth import Judge, Labels, read_truth
 
 _BY_THRESHOLD = Reason.BELOW_THRESHOLD
 
@@ -29,6 +29,7 @@ class SourceQuality:
     Attributes:
         texts: not empty after clean-up.
         judged: of these, those whose truth is known.
+        chosen: of the judged, those that someone searched for to mark them: no fair sample (capfilt.truth.Labels).
         scored: of the judged, those that the filters read.
         kept: of the scored.
         noise_of_all: untrue, of all judged, also of those on unusable images.
@@ -59,6 +60,7 @@ class SourceQuality:
     recall: float | None
     false_positive_rate: float | None
     not_decided: int
+    chosen: int = 0
     calibrated: AtThreshold | None = None
     problem: str | None = None
     filters: dict[str, Calibration] = field(default_factory=dict)
@@ -94,6 +96,7 @@ class _Verdict(NamedTuple):
     kept: bool
     decided: bool
     own: dict[str, float]
+    chosen: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,7 @@ class _Texts:
     kept_N: Bools  # noqa: N815
     decided_N: Bools  # noqa: N815
     own_N: dict[str, Floats]  # noqa: N815
+    chosen_N: Bools  # noqa: N815
 
     @property
     def scored_N(self) -> Bools:  # noqa: N802
@@ -184,7 +188,8 @@ def _verdict(judge: Judge, sha256: str | None, text: dict[str, Any]) -> _Verdict
         return None
     score = math.nan if text["itm"] is None else text["itm"]
     own = {one["filter"]: one["itm"] for one in text["scores"] or ()}
-    return _Verdict(score, true, text["kept"], text["kept"] or text["reason"] == _BY_THRESHOLD, own)
+    chosen = isinstance(judge, Labels) and (sha256, clean(text["text"])) in judge.chosen
+    return _Verdict(score, true, text["kept"], text["kept"] or text["reason"] == _BY_THRESHOLD, own, chosen)
 
 
 def _as_arrays(rows: list[_Verdict]) -> _Texts:
@@ -195,6 +200,7 @@ def _as_arrays(rows: list[_Verdict]) -> _Texts:
         kept_N=np.array([row.kept for row in rows], bool),
         decided_N=np.array([row.decided for row in rows], bool),
         own_N={name: np.array([row.own.get(name, math.nan) for row in rows], float) for name in names},
+        chosen_N=np.array([row.chosen for row in rows], bool),
     )
 
 
@@ -221,6 +227,7 @@ def _of_source(texts: int, own: _Texts, decision: str | None, max_false_positive
         recall=_fraction(kept_N[own.decided_N & true_N]),
         false_positive_rate=_fraction(kept_N[own.decided_N & ~true_N]),
         not_decided=int((scored_N & ~own.decided_N).sum()),
+        chosen=int(own.chosen_N.sum()),
         calibrated=None if voted else mean.best,
         problem=None if voted or mean.roc_auc is None else mean.problem,
         filters={name: judged(score_N) for name, score_N in own.own_N.items()} if len(own.own_N) > 1 else {},

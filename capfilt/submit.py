@@ -21,9 +21,9 @@ import yaml
 from pydantic import BaseModel
 
 from capfilt.errors import CapfiltError, CheckpointError, SpecError
-from capfilt.spec import AnyCard, LocalCard, LocalCheckpoint, PretrainSettings, RunSpec, load_spec
+from capfilt.spec import AnyCard, ClassifierCard, LocalCard, LocalCheckpoint, PretrainSettings, RunSpec, load_spec
 from capfilt.spec.fields import absolute
-from capfilt.weights import inspect, inspect_starts
+from capfilt.weights import inspect, inspect_classifier, inspect_starts
 
 SPEC = "spec.yaml"
 ENTRYPOINT = f"exec python -m capfilt run {SPEC}"
@@ -90,6 +90,8 @@ def _look(spec: RunSpec, shared: Sequence[str]) -> None:
     for node in _models(spec):
         if isinstance(node, LocalCard) and not _is_shared(node.checkpoint, shared):
             inspect(cast(AnyCard, node))
+        elif isinstance(node, ClassifierCard) and not _is_shared(node.checkpoint, shared):
+            inspect_classifier(node)
         elif isinstance(node, PretrainSettings) and not any(_is_shared(inner, shared) for inner in _models(node)):
             inspect_starts(node)
 

@@ -118,7 +118,7 @@ def _judged(what: str, found: Record) -> Table:
     for label, own in columns.items():
         if own["problem"]:
             table.add_row(shown(f"no best threshold, {label}"), shown(own["problem"]))
-    return table
+    return _cautioned(table, found.get("chosen", 0))
 
 
 def _add_thresholds(table: Table, label: str, found: Sequence[Record]) -> None:
@@ -149,6 +149,15 @@ def _quality(found: Record) -> Table:
     for source, own in sources.items():
         if own.get("problem"):
             table.add_row(f"no best threshold, {source}", shown(own["problem"]))
+    return _cautioned(table, *(own.get("chosen", 0) for own in sources.values()))
+
+
+def _cautioned(table: Table, *chosen: int) -> Table:
+    """Say of marks that are no fair sample that they are none."""
+    if any(chosen):
+        said = "of the marked texts were not drawn at random from all rows: the rates are not the dataset's"
+        table.caption = f"{sum(chosen):,} {said}"
+        table.caption_justify = "left"
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -19,6 +20,7 @@ from capfilt.text import clean
 from capfilt.toyweb import ATTRIBUTES, Scene, is_true, read_back
 
 _LABELS = {"image_sha256": "text", "text": "text", "true": "boolean"}
+_FAIR = {"sort", "seed", "descending", "web_threshold", "synthetic_threshold"}  # else a search is a filter
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -56,9 +58,15 @@ def read_truth(truth: Truth) -> Judge:
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """Judges the texts that someone has judged, alike after clean-up (capfilt.text.clean); knows no others."""
+    """Judges the texts that someone has judged, alike after clean-up (capfilt.text.clean); knows no others.
+
+    Attributes:
+        true: by image and text.
+        chosen: those that a search found, by their `drawn` (capfilt.view.marks), and not chance among all rows.
+    """
 
     true: Mapping[tuple[str, str], bool]
+    chosen: frozenset[tuple[str, str]] = frozenset()
 
     @property
     def images(self) -> Collection[str]:
@@ -81,6 +89,7 @@ def read_labels(labels: Input) -> Labels:
         InputError: as :func:`read_truth`; or two rows contradict each other.
     """
     true: dict[tuple[str, str], bool] = {}
+    chosen = set()
     for path, row in _label_rows(labels):
         sha256, text, verdict = row["image_sha256"], row["text"], row["true"]
         if sha256 is None or text is None or verdict is None:
@@ -90,14 +99,26 @@ def read_labels(labels: Input) -> Labels:
             raise InputError(f"{path}: image_sha256 {sha256[:80]!r} is not 64 hex digits, an image's sha256")
         if true.setdefault((sha256, clean(text)), verdict) is not verdict:
             raise InputError(f"{path}: {clean(text)!r} is labelled true and untrue of image {sha256}; remove one")
-    return Labels(true)
+        if _is_chosen(row.get("drawn")):
+            chosen.add((sha256, clean(text)))
+    return Labels(true, frozenset(chosen))
+
+
+def _is_chosen(drawn: Any) -> bool:
+    """Whether the search that found a row was another than one of all rows at random; False where none is on record."""
+    try:
+        search = json.loads(drawn)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(search, dict) and not (search.get("sort") == "random" and search.keys() <= _FAIR)
 
 
 def _label_rows(labels: Input) -> Iterator[tuple[str, dict[str, Any]]]:
     for file in list_inputs(labels):
         with Opened(file.path, labels.storage_options) as parquet:
             _check_columns(file.path, parquet.schema_arrow)
-            table = _read(parquet, file.path, list(_LABELS))
+            more = {"drawn"} & set(parquet.schema_arrow.names)
+            table = _read(parquet, file.path, [*_LABELS, *more])
         for batch in table.to_batches(max_chunksize=10_000):
             for row in batch.to_pylist():
                 yield file.path, row

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from capfilt.errors import CheckpointError, SpecError
-from capfilt.fingerprints import checkpoint_files, model_files, tokenizer_files, weight_files
+from capfilt.fingerprints import checkpoint_files, classifier_files, model_files, tokenizer_files, weight_files
 from capfilt.spec import (
     AnyCard,
     CaptionerCard,
     Checkpoint,
+    ClassifierCard,
     DualCard,
     EndpointCard,
     FilterCard,
@@ -47,19 +48,11 @@ def inspect(card: AnyCard, directory: Path | None = None) -> None:
     """
     if isinstance(card, EndpointCard):
         return
-    checkpoint = card.checkpoint
-    in_part = directory is None and isinstance(checkpoint, HubCheckpoint)
-    if directory is None:
-        directory = cached(checkpoint) if isinstance(checkpoint, HubCheckpoint) else Path(checkpoint.path)
+    in_part = directory is None and isinstance(card.checkpoint, HubCheckpoint)
+    directory = directory or _directory(card.checkpoint)
     if directory is None:
         return
-    try:
-        files = files_of(card)(directory)
-    except CheckpointError:
-        if not in_part:
-            raise
-        files = []
-    for file in files:
+    for file in _files(directory, files_of(card), in_part):
         if file.suffix == ".bin" and not card.allow_pickle:
             raise CheckpointError(
                 f"{file}: a pickle, which the card does not allow; convert it to model.safetensors, or set "
@@ -74,6 +67,58 @@ def inspect(card: AnyCard, directory: Path | None = None) -> None:
                 f"{directory / 'config.json'}: model_type is {kind!r}, and {card.name} is a card of `model: "
                 f"{card.model}`; name another checkpoint, or another model"
             )
+
+
+def _directory(checkpoint: Checkpoint) -> Path | None:
+    """Where a checkpoint is, or what the hub's cache holds of it; None where that is nothing."""
+    return cached(checkpoint) if isinstance(checkpoint, HubCheckpoint) else Path(checkpoint.path)
+
+
+def _files(directory: Path, complete: Complete, in_part: bool) -> list[Path]:
+    try:
+        return complete(directory)
+    except CheckpointError:
+        if not in_part:
+            raise
+        return []
+
+
+def inspect_classifier(card: ClassifierCard) -> None:
+    """Refuse an image classifier that its card cannot use, as far as the hub's cache or its directory tells.
+
+    Raises:
+        CheckpointError: files are missing, config.json cannot be read or is of another kind of network, or there are
+            no safetensors.
+        SpecError: it knows none such label.
+    """
+    directory = _directory(card.checkpoint)
+    if directory is None:
+        return
+    try:
+        files = _files(directory, classifier_files, isinstance(card.checkpoint, HubCheckpoint))
+        config = _config(directory / "config.json")
+    except CheckpointError as error:
+        raise CheckpointError(f"keep_out.classifier: {error}") from None
+    if pickles := [file for file in files if file.suffix == ".bin"]:
+        raise CheckpointError(
+            f"keep_out.classifier: {pickles[0]}: a pickle; convert it to model.safetensors, or name another checkpoint"
+        )
+    named = config.get("architectures")
+    declared = [str(name) for name in named] if isinstance(named, list) else []
+    if declared and not any("ForImageClassification" in name for name in declared):
+        raise CheckpointError(
+            f"keep_out.classifier: {directory / 'config.json'}: an image classifier is a ...ForImageClassification; "
+            f"this is a {', '.join(declared)}; name another checkpoint"
+        )
+    if isinstance(labels := config.get("id2label"), dict):
+        check_labels(card, map(str, labels.values()))
+
+
+def check_labels(card: ClassifierCard, known: Iterable[str]) -> None:
+    """Raise SpecError where a classifier knows no such label as its card names."""
+    known = list(known)
+    if unknown := [label for label in card.labels if label not in known]:
+        raise SpecError(f"keep_out.classifier.labels: {card.name} has no label {unknown[0]}; it has {', '.join(known)}")
 
 
 def files_of(card: AnyCard) -> Complete:

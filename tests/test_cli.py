@@ -216,6 +216,60 @@ def test_a_checkpoint_that_cannot_be_used_is_found_before_ray_starts(
     assert not (spec.parent / "out").exists()
 
 
+@pytest.fixture
+def classifier(spec: Path) -> Path:
+    """The folder of a classifier, whose weights no one looks at; the spec keeps out what is `nsfw` by it."""
+    folder = spec.parent / "models" / "nsfw"
+    folder.mkdir()
+    config = {"architectures": ["ViTForImageClassification"], "id2label": {"0": "safe", "1": "nsfw"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("model.safetensors", "preprocessor_config.json"):
+        (folder / name).write_text("{}")
+    (spec.parent / "nsfw.yaml").write_text(
+        "role: classifier\nname: guard\ncheckpoint: {path: models/nsfw}\nimage_size: 32\nlabels: [nsfw]\n"
+    )
+    spec.write_text(spec.read_text() + "keep_out: {classifier: nsfw.yaml}\n")
+    return folder
+
+
+def test_check_looks_at_the_classifier(spec: Path, classifier: Path) -> None:
+    done = capfilt("check", spec)
+    assert done.returncode == 0, done.stderr
+    assert f"\nclassifier guard keeps out nsfw: found in {classifier}\n" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["check", "run"])
+@pytest.mark.parametrize(
+    ("harm", "override", "code", "message"),
+    [
+        (None, "labels=[porn]", 2, "keep_out.classifier.labels: guard has no label porn; it has safe, nsfw"),
+        (None, "checkpoint.path=nowhere", 1, "nowhere: no such directory"),
+        ({"config.json": "[]"}, "", 1, "keep_out.classifier: models/nsfw/config.json: not a model configuration"),
+        ({"config.json": '{"architectures": ["ViTModel"]}'}, "", 1, "ForImageClassification; this is a ViTModel"),
+        ({"model.safetensors": None, "pytorch_model.bin": ""}, "", 1, "keep_out.classifier: models/nsfw/pytorch_model"),
+        ({"preprocessor_config.json": None}, "", 1, "preprocessor_config.json: no such file"),
+    ],
+)
+def test_a_classifier_that_cannot_be_used_is_found_before_ray_starts(
+    spec: Path,
+    classifier: Path,
+    command: str,
+    harm: dict[str, str | None] | None,
+    override: str,
+    code: int,
+    message: str,
+) -> None:
+    for name, content in (harm or {}).items():
+        (classifier / name).unlink(missing_ok=True)
+        if content is not None:
+            (classifier / name).write_text(content)
+    done = capfilt(command, spec, *(("--set", f"keep_out.classifier.{override}") if override else ()))
+    assert done.returncode == code, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert message in line.replace(f"{spec.parent}/", "")
+    assert not (spec.parent / "out").exists()
+
+
 def test_check_loads_neither_torch_nor_ray(spec: Path) -> None:
     loaded = "sorted({'torch', 'transformers', 'ray'} & set(sys.modules))"
     code = (

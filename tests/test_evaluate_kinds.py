@@ -239,7 +239,8 @@ def labels(images: list[LabelledImage], tmp_path: Path) -> Truth:
     rows += [(UNKNOWN, "a cat", True), (UNKNOWN, "a house", False)]
     path = tmp_path / "labels.parquet"
     sha256, texts, true = zip(*rows, strict=True)
-    pq.write_table(pa.table({"image_sha256": sha256, "text": texts, "true": true}), path)
+    drawn = ['{"sort":"random"}', "{}"] * (len(rows) // 2)
+    pq.write_table(pa.table({"image_sha256": sha256, "text": texts, "true": true, "drawn": drawn}), path)
     return Truth(labels=Input(paths=(str(path),)))
 
 
@@ -276,6 +277,8 @@ def test_labels_judge_a_filter_of_any_kind(
     above = scores >= own.best.threshold - 1e-6
     assert own.best.recall == pytest.approx(recall_score(true, above))
     assert "texts that labels know: 18" in printed(report)
+    assert found.chosen == 9
+    assert "9 of the marked texts were not drawn at random" in printed(report)
     whole = measure(filter=cards[kind], truth=labels)  # retrieval takes all images
     assert whole.pairs is not None
     assert whole.labelled is not None

@@ -22,7 +22,7 @@ LAYERS = [
         *("inputs", "fragments", "writer", "images", "dataset", "receipts", "plan", "pace", "toyweb", "examples"),
         *("stores", "truth", "testset", "quality", "tables", "demo", "holder", "lease", "records", "submit", "report"),
         *("tars", "arrow_streams", "export", "view"),
-        *("opener", "lists", "url_shards", "account", "shard_store", "ingest"),
+        *("opener", "delimited", "lists", "url_shards", "account", "shard_store", "ingest"),
         *("withdrawn", "retention", "diff", "damage"),
     },
     {"models"},

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pydantic import ValidationError
 
 from capfilt.errors import InputError
 from capfilt.lists import columns_of, find_lists, read_list
@@ -102,9 +103,18 @@ def test_what_is_found(tmp_path: Path) -> None:
         ("l.csv", "url\nu\n", {"caption_col": "alt"}, r"no column alt; it has url. Name it with urls\.caption_col"),
         ("l.csv", "url\nu\n", {"save_additional_columns": ("x",)}, r"no column x; .* urls\.save_additional_columns"),
         ("l.csv", "url,url\nu,v\n", {}, r"2 columns are named url"),
-        ("l.csv", "", {}, r"l\.csv: not readable as csv: .*[Ee]mpty"),
-        ("l.csv", "url,text\nu,t\nu,t,more\n", {}, r"l\.csv: not readable as csv: .*Expected 2 columns, got 3"),
-        ("l.csv", b"url\n\xff\xfe\n", {}, r"l\.csv: not readable as csv: .*UTF8"),
+        ("l.csv", "", {}, r"l\.csv: holds no line; take it out"),
+        ("l.csv", "url,text\nu,t\nu,t,more\n", {}, r"l\.csv: line 3 has 3 fields, and its header 2; mend that line"),
+        ("l.csv", b"url\n\xff\xfe\n", {}, r"l\.csv: line 2 is not UTF-8: .*0xff.*; write the list in UTF-8"),
+        (
+            "l.tsv",
+            "a bus station\thttp://a/1\n",
+            {},
+            r"l\.tsv: has no header: its line 1 holds http://a/1\. Name its 2 columns in order with urls\.column_names",
+        ),
+        ("l.tsv", "a\thttp://a/1\n", {"column_names": ("text", "url", "x")}, r"2 fields, and urls\.column_names 3"),
+        ("l.tsv", "text\tURL\n", {"column_names": ("text", "url")}, r"line 1 is a header; take out urls\.column_names"),
+        ("l.jsonl", '{"url": "u"}\n', {"column_names": ("url",)}, r"l\.jsonl: urls\.column_names is for CSV and TSV"),
         ("l.csv.gz", "url\nu\n", {}, r"l\.csv\.gz: not readable as csv: BadGzipFile"),
         ("l.jsonl", '{"url": "u"}\n{"url": \n', {}, r"l\.jsonl: line 2 is not JSON"),
         ("l.jsonl", '["u"]\n', {}, r"l\.jsonl: line 1 is not an object"),
@@ -125,6 +135,23 @@ def test_a_url_column_is_of_strings(tmp_path: Path) -> None:
     source = UrlList(paths=(str(tmp_path),))
     with pytest.raises(InputError, match=r"l\.parquet: column url is int64; it must be of strings"):
         columns_of(find_lists(source)[0], source)
+
+
+@pytest.mark.parametrize("name", ["l.tsv", "l.csv"])
+def test_a_list_without_header_has_its_columns_named(tmp_path: Path, name: str) -> None:
+    """Conceptual Captions' lists have none."""
+    mark = "\t" if name == "l.tsv" else ","
+    (tmp_path / name).write_text(f"a bus station{mark}http://a/1\nanother{mark}http://a/2\n")
+    assert rows(tmp_path, column_names=("caption", "url")) == [
+        {"caption": "a bus station", "url": "http://a/1"},
+        {"caption": "another", "url": "http://a/2"},
+    ]
+    assert rows(tmp_path, column_names=("caption", "link"), url_col="link")[1]["url"] == "http://a/2"
+
+
+def test_columns_named_twice_are_refused() -> None:
+    with pytest.raises(ValidationError, match="named twice: url"):
+        UrlList(paths=("l.tsv",), column_names=("url", "url"))
 
 
 @pytest.mark.parametrize("path", ["nowhere", "nowhere/*.csv", "empty"])

@@ -224,6 +224,38 @@ def test_what_was_marked_measures_the_filter(view: Served, spec: CurateSpec, pat
         assert "untrue pairs have the highest score" in (own.problem or "")
 
 
+def test_marks_that_a_search_chose_are_no_fair_sample(
+    view: Served, spec: CurateSpec, path: Path, tmp_path: Path
+) -> None:
+    searches: list[dict[str, Any]] = [
+        *({"sort": "random"}, {"sort": "random", "seed": 7, "descending": True, "offset": 25}),
+        *({"sort": "borderline"}, {"sort": "random", "status": "kept"}, {}),
+    ]
+    rows = [row for row in view.rows() if row["markable"] and row["texts"][0]["length"] and row["texts"][0]["itm"]]
+    for row, search in zip(rows[10:], searches, strict=False):
+        assert view.post(id=row["id"], text=0, true=True, search=search)[0] == 200
+    quality = Quality(dataset=spec.output, truth=Truth(labels=Input(paths=(str(path),))))
+    asked = EvaluateSpec(kind="evaluate", output=str(tmp_path / "measured"), quality=(quality,))
+
+    def measured() -> tuple[int, int, str]:
+        console = Console(file=io.StringIO(), width=200)
+        report = evaluate(asked, console)
+        console.print(*report_table(report.record()))
+        web = report.quality[0].sources["web"]
+        said = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+        return web.judged, web.chosen, said
+
+    judged, chosen, said = measured()
+    assert (judged, chosen) == (5, 3)
+    assert "3 of the marked texts were not drawn at random from all rows" in said
+    table = pq.read_table(path)
+    fair = table.filter(pa.array(["random" in drawn and "status" not in drawn for drawn in table["drawn"].to_pylist()]))
+    for labels, count in ((fair, 2), (table.drop_columns("drawn"), 5)):  # what says nothing is not doubted
+        pq.write_table(labels, path)
+        assert measured()[:2] == (count, 0)
+        assert "not drawn at random" not in measured()[2]
+
+
 def test_marks_are_found_again(view: Served, spec: CurateSpec) -> None:
     rows = view.rows(text="blue")
     for row, verdict in zip(rows, (True, False), strict=False):

@@ -56,7 +56,8 @@ def test_dropped_rows_of_any_input_have_their_pictures(tmp_path: Path, write: ob
     write(tmp_path / "in")
     spec, _ = curate_web(tmp_path, thresholds=NOTHING, report=False)
     found = found_of(spec)
-    assert {row: picture[:23] for row, picture in found.items()} == dict.fromkeys(range(ROWS), "data:image/webp;base64,")
+    begin = dict.fromkeys(range(ROWS), "data:image/webp;base64,")
+    assert {row: picture[:23] for row, picture in found.items()} == begin
     assert len(set(found.values())) == ROWS
     assert set(found_of(spec, bytes=100).values()) == {"not read: enough bytes were"}
 

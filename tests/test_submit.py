@@ -107,6 +107,23 @@ def test_a_spec_is_checked_before_it_is_sent(
     assert message in str(caught.value)
 
 
+def test_a_classifiers_labels_are_checked_before_it_is_sent(project: Path) -> None:
+    folder = project / "weights" / "nsfw"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"id2label": {"0": "safe"}}')
+    for name in ("model.safetensors", "preprocessor_config.json"):
+        (folder / name).write_text("{}")
+    (project / "cards" / "nsfw.yaml").write_text(
+        "{role: classifier, name: guard, checkpoint: {path: ../weights/nsfw}, image_size: 32, labels: [nsfw]}"
+    )
+    kept_out = ["keep_out={classifier: ../cards/nsfw.yaml}"]
+    with pytest.raises(SpecError, match=r"keep_out\.classifier\.labels: guard has no label nsfw; it has safe"):
+        prepare(project / "specs" / "run.yaml", kept_out)
+    prepare(project / "specs" / "run.yaml", kept_out, shared=[str(project / "weights")])  # the cluster's to look at
+    submission = prepare(project / "specs" / "run.yaml", [*kept_out, "keep_out.classifier.labels=[safe]"])
+    assert folder in submission.checkpoints.values()
+
+
 def test_checkpoints_that_ray_would_not_take_are_refused(project: Path, tmp_path: Path) -> None:
     big = tmp_path / "big"
     big.mkdir()

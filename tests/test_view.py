@@ -175,6 +175,35 @@ def test_changed_rows_are_those_whose_outcome_or_text_differs(view: Served, spec
     assert keys(view.rows(changed="true", status="kept")) == keys([row for row in changed if row["status"] == "kept"])
 
 
+def test_another_filters_scores_stand_beside_the_first_ones(tmp_path: Path) -> None:
+    """Also where both decide alike: that is where one looks how sure they are."""
+    write_shard(tmp_path / "in" / "0.parquet", [jpeg(n) for n in range(30)])
+    write_shard(tmp_path / "in" / "1.parquet", [None, jpeg(90)])
+    spec = make_spec(tmp_path)
+    run(spec)
+    (first, _) = spec.filters
+    run(spec.model_copy(update={"filters": (first, first.model_copy(update={"name": "other", "image_size": 8}))}))
+    before = {
+        (row["shard"], row["row"]): row
+        for row in CuratedDataset.for_reading(spec.output, {}).annotations(1).to_table().to_pylist()
+    }
+    with serving(spec.output, tmp_path / "m.parquet", tmp_path / "i.duckdb", against=1) as view:
+        found = view.rows()
+        alike = [row for row in found if row["change"] is None]
+        assert 5 < len(alike) < len(found) == 32
+        for row in found:
+            old = before[row["shard"], row["row"]]
+            assert (row["older"] is None) == (old["reason"] == "no_image")  # nothing to compare
+            for text, side in zip(old["texts"], (row["older"] or row)["texts"], strict=True):
+                assert text["itm"] == pytest.approx(side["itm"])
+        changed = view.rows(changed="true")
+        assert keys(changed) == keys([row for row in found if row["change"] == "changed"])
+        shown = next(row for row in alike if row["older"])
+        assert shown["older"]["texts"][0]["scores"][1]["filter"] == "stub-filter-1"
+        assert shown["texts"][0]["scores"][1]["filter"] == "other"
+        assert view.post(id=shown["id"], text=0, true=True, older=True)[0] == 200
+
+
 def test_a_row_that_is_gone_is_the_older_versions(spec: CurateSpec, tmp_path: Path) -> None:
     newest = CuratedDataset.for_reading(spec.output, {}).versions()["annotations"]
     with serving(spec.output, tmp_path / "m.parquet", tmp_path / "i.duckdb", version=1, against=newest) as view:

@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import AutoModelForImageClassification
 from transformers.utils import cached_file
 
-from capfilt.errors import CheckpointError, SpecError
+from capfilt.errors import CheckpointError
 from capfilt.models.checkpoints import quiet
 from capfilt.spec import ClassifierCard, HubCheckpoint
+from capfilt.weights import check_labels
 
 
 class Classifier:
@@ -53,10 +54,7 @@ class Classifier:
                 "config.json, safetensors, and preprocessor_config.json with image_mean and image_std"
             ) from error
         known = {label: number for number, label in model.config.id2label.items()}
-        if unknown := [label for label in card.labels if label not in known]:
-            raise SpecError(
-                f"keep_out.classifier.labels: {card.name} has no label {unknown[0]}; it has {', '.join(known)}"
-            )
+        check_labels(card, known)
         self._labels = [known[label] for label in card.labels]
         self._independent = model.config.problem_type == "multi_label_classification"
         self._model = model.to(device).eval()

@@ -86,6 +86,7 @@ class Judged:
         units: of their scores, by the same names.
         decision: of several filters, `mean` or `vote`; None of a single one.
         together: how they judge by it.
+        chosen: of the texts, as capfilt.quality.SourceQuality has it.
     """
 
     texts: int
@@ -95,6 +96,7 @@ class Judged:
     units: dict[str, str]
     decision: str | None = None
     together: Calibration | None = None
+    chosen: int = 0
 
 
 def judged(
@@ -113,6 +115,7 @@ def judged(
     thresholds = {card.name: card.thresholds.web for card in cards}
     own = {name: against_truth(scores[name], true_N, least, limit) for name, least in thresholds.items()}
     found = Judged(len(true_N), int(true_N.sum()), sample.left_out, own, {card.name: card.unit for card in cards})
+    found = replace(found, chosen=sample.chosen)
     if len(cards) == 1:
         return found
     if decision == "vote":
@@ -139,11 +142,13 @@ class Sample:
         texts: of each test image, cleaned.
         true_N: bool, of all of them in that order.
         left_out: what could not be made or used.
+        chosen: labels of texts that someone searched for (capfilt.truth.Labels).
     """
 
     texts: list[list[str]]
     true_N: Bools  # noqa: N815  the shape's suffix
     left_out: int
+    chosen: int = 0
 
 
 def shuffled_pairs(images: Sequence[LabelledImage], judge: Judge | None, seed: int) -> Sample:
@@ -174,7 +179,10 @@ def labelled_texts(images: Sequence[LabelledImage], labels: Labels) -> Sample:
             of[sha256][text] = verdict
     known = [of.get(image.sha256, {}) for image in images]
     true = np.array([verdict for own in known for verdict in own.values()], bool)
-    return Sample([list(own) for own in known], true, sum(map(len, of.values())) - len(true))
+    chosen = sum(
+        (image.sha256, text) in labels.chosen for image, own in zip(images, known, strict=True) for text in own
+    )
+    return Sample([list(own) for own in known], true, sum(map(len, of.values())) - len(true), chosen)
 
 
 def score_samples(filter_: Scorer, show: Show, samples: Sequence[Sample]) -> list[Floats]:

@@ -51,7 +51,7 @@ from capfilt.retention import due, thin
 from capfilt.spec import CurateSpec
 from capfilt.terminal import say
 from capfilt.throughput import Throughput
-from capfilt.weights import inspect
+from capfilt.weights import inspect, inspect_classifier
 from capfilt.withdrawn import compared, has_withdrawn, rows_named, withdrawn_rows
 
 WINDOW = 10_000
@@ -149,6 +149,8 @@ def curate(
             inspect(captioner)
         for filter_ in spec.filters if plan.models else ():
             inspect(filter_)
+        if plan.models and spec.keep_out and (classifier := spec.keep_out.classifier):
+            inspect_classifier(classifier)
     left = bool(plan.todo) or unsettled(spec) or unfinished(spec.output, spec.output_options)
     work = left or _versions_go(spec)
     with lease if work else nullcontext():

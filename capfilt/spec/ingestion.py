@@ -27,6 +27,9 @@ class UrlList(Model):
         min_length=1, description="Parquet, CSV, TSV or JSONL files (.gz too), globs or directories, on any fsspec URL."
     )
     format: ListFormat | None = Field(default=None, description="Of all files; by their names if not given.")
+    column_names: tuple[str, ...] = Field(
+        default=(), description="Of CSV and TSV without a header: all of their columns, in order."
+    )
     url_col: str | None = Field(default=None, description="Recognised if not given: url, URL, image_url.")
     caption_col: str | None = Field(
         default=None, description="Recognised if not given: caption, text, txt, TEXT, alt_text."
@@ -44,13 +47,18 @@ class UrlList(Model):
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
 
+    @field_validator("column_names", "save_additional_columns")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := [name for name, times in Counter(names).items() if times > 1]:
+            raise ValueError(f"named twice: {', '.join(twice)}")
+        return names
+
     @field_validator("save_additional_columns")
     @classmethod
     def _not_ours(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         if ours := sorted(RESERVED & set(names)):
             raise ValueError(f"the output has columns of these names itself: {', '.join(ours)}; leave them out")
-        if twice := [name for name, times in Counter(names).items() if times > 1]:
-            raise ValueError(f"named twice: {', '.join(twice)}")
         return names
 
 

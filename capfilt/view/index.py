@@ -25,7 +25,7 @@ from capfilt.redaction import redacted
 from capfilt.schema import SHARD
 from capfilt.stores import PAUSES, one_line, persist
 
-_FORMAT = f"capfilt view 1, DuckDB {duckdb.__version__}"  # whose hash of an outcome is on record
+_FORMAT = f"capfilt view 2, DuckDB {duckdb.__version__}"  # whose hash of an outcome is on record
 
 _FILES_AT_ONCE = 256
 _MEMORY = "1GiB"
@@ -38,14 +38,16 @@ _TABLES = f"""
     CREATE TABLE rows (
         id BIGINT, file INTEGER, row BIGINT, status VARCHAR, reason VARCHAR, text_reasons VARCHAR,
         web FLOAT, synthetic FLOAT, kept_web BOOLEAN, kept_synthetic BOOLEAN, outcome UBIGINT,
-        text VARCHAR, url VARCHAR
+        texts UBIGINT, text VARCHAR, url VARCHAR
     );
-    CREATE TABLE changes (id BIGINT, newer BIGINT, older BIGINT);
+    CREATE TABLE changes (id BIGINT, newer BIGINT, older BIGINT, outcome BOOLEAN);
 """
 # opened: the files of the versions that are looked at, the newer and the older one.
 # id: the file's number and the place in the file, so that it orders the rows as the tables have them.
 # web, synthetic: ITM scores of the web's text, and of the best synthetic one.
-# outcome: of two rows the same where their status, reason and kept texts are.
+# outcome: of two rows the same where their status, reason and kept texts are; texts: where all texts, what became of
+# them and every score are.
+# changes: of a row's outcome between the versions; or of its texts alone.
 
 _INSERT = """
     INSERT INTO rows
@@ -61,6 +63,7 @@ _INSERT = """
         len(list_filter(texts, lambda t: t.source = 'web' AND t.kept)) > 0,
         len(list_filter(texts, lambda t: t.source <> 'web' AND t.kept)) > 0,
         hash(status, reason, list_transform(list_filter(texts, lambda t: t.kept), lambda t: t.text)),
+        hash(texts),
         lower(array_to_string(list_transform(texts, lambda t: t.text), chr(10))),
         lower(read.url)
     FROM read_parquet($urls, filename = true, file_row_number = true, hive_partitioning = false) AS read
@@ -70,13 +73,13 @@ _INSERT = """
 _COMPARE = """
     INSERT INTO changes
     WITH all_rows AS (
-        SELECT shard, row, id, outcome, newer, older
+        SELECT shard, row, id, outcome, texts, newer, older
         FROM rows JOIN files ON number = file JOIN opened ON opened.url = files.url
         WHERE newer <> older
     )
-    SELECT coalesce(n.id, o.id), n.id, o.id
+    SELECT coalesce(n.id, o.id), n.id, o.id, n.outcome IS DISTINCT FROM o.outcome
     FROM (FROM all_rows WHERE newer) AS n FULL JOIN (FROM all_rows WHERE older) AS o USING (shard, row)
-    WHERE n.id IS NULL OR o.id IS NULL OR n.outcome <> o.outcome
+    WHERE n.id IS NULL OR o.id IS NULL OR n.outcome <> o.outcome OR n.texts <> o.texts
 """
 
 

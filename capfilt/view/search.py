@@ -81,8 +81,9 @@ class Hit:
     Attributes:
         id: the index's.
         url: of the data file; `place` is the row's position in it.
-        older: where the older version of it is; of `changed` rows.
-        change: between the two versions; None where there is none, or one version. A row that is gone is the older's.
+        older: where the older version of it is; None where its outcome, texts and scores are the same there.
+        change: of the outcome between the two versions; None where there is none, or one version. A row that is gone is
+            the older's.
     """
 
     id: int
@@ -97,7 +98,7 @@ class Searcher:
     """Searches an index.
 
     Args:
-        compares: whether it holds two versions; rows are then the newer one's, and of `changed` ones both.
+        compares: whether it holds two versions; rows are then the newer one's, and of `changed` ones also those gone.
     """
 
     def __init__(self, cursor: duckdb.DuckDBPyConnection, *, compares: bool) -> None:
@@ -144,7 +145,7 @@ class Searcher:
             SELECT
                 w.id, f.shard, f.url, o.url, c.older,
                 CASE WHEN c.id IS NULL THEN NULL WHEN c.newer IS NULL THEN 'gone' WHEN c.older IS NULL THEN 'gained'
-                ELSE 'changed' END
+                WHEN c.outcome THEN 'changed' END
             FROM (SELECT unnest($ids::BIGINT[]) AS id) AS w
             JOIN files AS f ON f.number = w.id >> 32
             LEFT JOIN (FROM changes WHERE id IN (SELECT unnest($ids::BIGINT[]))) AS c ON c.id = w.id
@@ -152,7 +153,7 @@ class Searcher:
         """
         hits = {}
         for number, shard, url, older_url, older, change in self._cursor.execute(query, {"ids": list(ids)}).fetchall():
-            other = (older_url, older & 0xFFFFFFFF) if change == "changed" else None
+            other = None if older is None or change == "gone" else (older_url, older & 0xFFFFFFFF)
             hits[number] = Hit(number, shard, url, number & 0xFFFFFFFF, other, change)
         return hits
 
@@ -161,7 +162,7 @@ class Searcher:
         conditions, values = _conditions(search)
         source = "FROM rows"
         if search.changed:
-            source += " JOIN changes ON changes.id = rows.id"
+            source += " JOIN changes ON changes.id = rows.id AND changes.outcome"
         elif self._compares:
             conditions.append(
                 "rows.file IN (SELECT number FROM files JOIN opened ON opened.url = files.url WHERE newer)"
