@@ -30,6 +30,14 @@ Overrides = Annotated[
         autocompletion=assignments,
     ),
 ]
+OverlapOk = Annotated[
+    bool,
+    typer.Option(
+        "--overlap-ok",
+        help="Exit with code 0, not 4, where another run holds the output, or took it over: for schedulers that take "
+        "any other code for a failure.",
+    ),
+]
 Output = Annotated[
     str,
     typer.Argument(

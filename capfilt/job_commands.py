@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from capfilt.arguments import CLUSTERS, Overrides, SpecFile, examples
+from capfilt.arguments import CLUSTERS, OverlapOk, Overrides, SpecFile, examples
 from capfilt.completion import environment_names
-from capfilt.submit import STOP_SECONDS, pack, prepare, runtime_env
+from capfilt.submit import ENTRYPOINT, STOP_SECONDS, check_name, pack, prepare, runtime_env
 from capfilt.terminal import err, escaped, say
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ _MEANINGS = {
         f"capfilt submit pipelines/mine.yaml {_ON} --follow",
         f"capfilt submit pipelines/mine.yaml {_ON} --env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY",
         f"capfilt submit pipelines/mine.yaml {_ON} --shared /mnt/checkpoints --wheel capfilt-0.1.0-py3-none-any.whl",
+        f"capfilt submit pipelines/mine.yaml {_ON} --id mine-2026-11-28 --overlap-ok --follow",
     ),
 )
 def submit(
@@ -90,6 +91,16 @@ def submit(
             help="A directory that all nodes see under the same path: checkpoints in it are not sent. Repeatable.",
         ),
     ] = None,
+    name: Annotated[
+        str | None,
+        typer.Option(
+            "--id",
+            metavar="ID",
+            help="The job's id, so that one run is not sent twice: a job of this id that runs or is done is not sent "
+            "again. One that failed is, as ID-2, ID-3, ..., and resumes. Ray's choice if not given.",
+        ),
+    ] = None,
+    overlap_ok: OverlapOk = False,
 ) -> None:
     """Run a spec on a Ray cluster. The same command resumes a run that was lost with its cluster.
 
@@ -98,13 +109,22 @@ def submit(
     """
     from capfilt.pipelines.jobs import JobServer
 
+    if name is not None:
+        check_name(name)
     submission = prepare(spec, overrides or (), shared or ())
     with tempfile.TemporaryDirectory(prefix="capfilt-") as folder:
         requirements = pack(submission, Path(folder), wheel, pip)
         environment = runtime_env(Path(folder), requirements, env or ())
         server = JobServer(address)
-        job = server.submit(environment, {"spec": spec.name})
-    say(f"submitted {job} to {server.address}")
+        before = server.attempts(name) if name else []
+        if before and before[-1].exit_code in (None, 0):
+            job = before[-1].id
+            say(f"{job} is at {server.address} already ({before[-1].status}), and is not sent again")
+        else:
+            entrypoint = ENTRYPOINT + " --overlap-ok" * overlap_ok
+            new = f"{name}-{len(before) + 1}" if before else name
+            job = server.submit(environment, {"spec": spec.name}, entrypoint, new)
+            say(f"submitted {job} to {server.address}")
     if "://" not in submission.spec.output:
         say(f"output {submission.spec.output}: must be on a disk that all nodes share")
     if follow:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import typer
 
 from capfilt import logs
-from capfilt.arguments import RUNS, Overrides, SpecFile, examples
+from capfilt.arguments import RUNS, OverlapOk, Overrides, SpecFile, examples
+from capfilt.errors import ConflictError
 from capfilt.native_noise import native_noise_in_a_file
 from capfilt.printing import (
     NO_INPUT,
@@ -24,10 +25,11 @@ from capfilt.spec import (
     EvaluateSpec,
     ExportSpec,
     IngestSpec,
+    RunSpec,
     load_curate_spec,
     load_spec,
 )
-from capfilt.terminal import counted, say
+from capfilt.terminal import counted, err, say
 
 if TYPE_CHECKING:
     from capfilt.pipelines.curate import Summary
@@ -102,7 +104,7 @@ def plan(spec: SpecFile, overrides: Overrides = None) -> None:
         "capfilt run pipelines/mine.yaml --set thresholds.web=0.4 --set captioners.0.batch_size=128",
     ),
 )
-def run(spec: SpecFile, overrides: Overrides = None) -> None:
+def run(spec: SpecFile, overrides: Overrides = None, overlap_ok: OverlapOk = False) -> None:
     """Do what a spec says: ingest, curate, pretrain, fine-tune, evaluate, bootstrap or export.
 
     Reads the spec's inputs and writes to its output, and nowhere else. The same command resumes after a crash, and does
@@ -110,6 +112,16 @@ def run(spec: SpecFile, overrides: Overrides = None) -> None:
     run holds the output, 130 interrupted. After any of them the same command goes on from what was finished.
     """
     loaded = load_spec(spec, overrides or ())
+    try:
+        _run_here(loaded)
+    except ConflictError as error:
+        if not overlap_ok:
+            raise
+        say(f"capfilt: {error}. Exit code 0, as --overlap-ok asks", err)
+
+
+def _run_here(loaded: RunSpec) -> None:
+    """Run, and print what comes of it."""
     if isinstance(loaded, CurateSpec):
         curate_here(loaded)
         return

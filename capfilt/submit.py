@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -83,6 +84,16 @@ def prepare(path: str | Path, overrides: Sequence[str] = (), shared: Sequence[st
 
     there = _with_checkpoints(spec, sent)
     return Submission(there, {name: Path(directory) for directory, name in names.items()})
+
+
+def check_name(name: str) -> None:
+    """Refuse what is no id of a job.
+
+    Raises:
+        SpecError: it is not.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}", name):
+        raise SpecError(f"--id {name!r}: write letters, digits, '.', '_' and '-', 200 at the most")
 
 
 def _look(spec: RunSpec, shared: Sequence[str]) -> None:

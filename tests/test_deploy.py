@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from functools import cache
@@ -28,7 +29,7 @@ from manifests import (
 )
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from capfilt.errors import ErrorBudgetError, SpecError
+from capfilt.errors import ErrorBudgetError, RunInterruptedError, SpecError
 from capfilt.spec import load_curate_spec
 
 CRDS = ROOT.parent / "shared" / "kuberay-crds"
@@ -200,7 +201,34 @@ def test_what_fails_is_tried_again_by_someone() -> None:
     assert job["backoffLimit"] > 0
     assert job["template"]["spec"]["restartPolicy"] == "Never"  # as podFailurePolicy needs it
     (container,) = job["template"]["spec"]["containers"]
-    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["containerName"] == container["name"]
+    disrupted, for_good = job["podFailurePolicy"]["rules"]
+    assert (disrupted["action"], for_good["action"]) == ("Ignore", "FailJob")
+    assert disrupted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert for_good["onExitCodes"]["containerName"] == container["name"]
+
+
+def test_a_pod_that_takes_the_place_of_another_follows_its_run() -> None:
+    """By an id that is the same for all pods of a Job, and another for the next night's."""
+    template = manifest("cronjob.yaml")["spec"]["jobTemplate"]["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    assert "--id=$(JOB_NAME)" in container["args"]
+    (variable,) = (variable for variable in container["env"] if variable["name"] == "JOB_NAME")
+    field = variable["valueFrom"]["fieldRef"]["fieldPath"]
+    assert field == "metadata.labels['batch.kubernetes.io/job-name']"  # which the Job gives its pods
+
+
+def test_an_overlap_is_no_failure_anywhere() -> None:
+    """By one option, in a command without a shell's operators: KubeRay puts it into a shell command of its own."""
+    (container,) = manifest("cronjob.yaml")["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    (start,) = (value for _, key, value in unit("capfilt@.service") if key == "ExecStart")
+    entrypoints = (
+        manifest("rayjob.yaml")["spec"]["entrypoint"],
+        manifest("raycronjob.yaml")["spec"]["jobTemplate"]["entrypoint"],
+    )
+    for command in (*entrypoints, start, shlex.join(container["args"])):
+        assert "--overlap-ok" in shlex.split(command)
+    for entrypoint in entrypoints:
+        assert not set(entrypoint) & set("|&;<>()$`\\\"'*?[]{}!#\n"), entrypoint
 
 
 def test_everyone_agrees_on_ray_s_authentication() -> None:
@@ -255,9 +283,8 @@ def test_the_unit_knows_capfilt_s_exit_codes() -> None:
     assert (values["Type"], values["Restart"]) == ("oneshot", "on-failure")
     for_good = [SpecError.exit_code, ErrorBudgetError.exit_code]
     assert values["RestartPreventExitStatus"].split() == list(map(str, for_good))
-    rule = manifest("cronjob.yaml")["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"][0]
-    assert rule["onExitCodes"]["values"] == [*for_good, 4]
-    assert values["SuccessExitStatus"] == "4"
+    rule = manifest("cronjob.yaml")["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"][1]
+    assert rule["onExitCodes"]["values"] == [*for_good, RunInterruptedError.exit_code]
     assert (values["KillMode"], values["KillSignal"]) == ("mixed", "SIGTERM")  # the driver alone: it commits first
     assert values["User"] != "root"
     assert ("Service", "Environment", "RAY_USAGE_STATS_ENABLED=0") in lines

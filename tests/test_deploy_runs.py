@@ -19,6 +19,7 @@ import pytest
 from conftest import read
 from manifests import ROOT, launcher, manifest, mapped_command, mapped_spec, unit
 
+from capfilt.lease import Lease
 from capfilt.toyweb import render
 
 ROWS = 24
@@ -57,6 +58,20 @@ def test_the_entrypoint_of_the_ray_jobs_curates(tmp_path: Path, web: Path) -> No
     done = run(command, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
     assert done.returncode == 0, done.stderr
     assert curated(tmp_path) == ROWS
+
+
+@pytest.mark.parametrize("where", ["rayjob.yaml", "capfilt@.service"])
+def test_a_run_that_meets_another_is_no_failure(tmp_path: Path, web: Path, where: str) -> None:
+    if where == "rayjob.yaml":
+        command = manifest(where)["spec"]["entrypoint"]
+    else:
+        (command,) = (value for _, key, value in unit(where) if key == "ExecStart")
+    path = spec(tmp_path, web)
+    with Lease(str(tmp_path / "out"), {}, "first"):
+        done = run(mapped_command(command, path))
+    assert done.returncode == 0, done.stderr
+    assert "held by run first" in done.stderr
+    assert not (tmp_path / "out" / "annotations").exists()
 
 
 @pytest.mark.slow
@@ -187,7 +202,7 @@ def cron_command(path: Path, address: str) -> list[str]:
     (container,) = manifest("cronjob.yaml")["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     command = mapped_command(shlex.join([*container["command"], *container["args"]]), path)
     head = f"http://{manifest('raycluster.yaml')['metadata']['name']}-head-svc:8265"
-    return [word.replace(head, address) for word in command]
+    return [word.replace(head, address).replace("$(JOB_NAME)", "capfilt-nightly-1") for word in command]
 
 
 @pytest.mark.slow
@@ -201,7 +216,7 @@ def test_a_bad_spec_fails_the_cron_job_for_good(tmp_path: Path, web: Path) -> No
     path = spec(tmp_path, web)
     path.write_text(path.read_text() + "outputs: x\n")
     done = run(cron_command(path, "http://127.0.0.1:1"))
-    rule = manifest("cronjob.yaml")["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"][0]
+    rule = manifest("cronjob.yaml")["spec"]["jobTemplate"]["spec"]["podFailurePolicy"]["rules"][1]
     assert done.returncode in rule["onExitCodes"]["values"], done.stderr
     assert "outputs: unknown field" in done.stderr
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from test_crash import Site, build, check_partial, check_whole, table
 from test_submit import make_wheel
 
+from capfilt.lease import Lease
 from capfilt.pipelines.curate import curate, in_process
 from capfilt.spec import load_spec
 
@@ -109,6 +110,29 @@ def test_a_spec_goes_there_and_its_end_comes_back(cluster: RayCluster, site: Sit
     assert logs.returncode == 0, logs.stderr
     assert "nothing to do: 4 shards up to date" in logs.stdout
     assert not any(SECRET in text for text in (done.stdout, status.stdout, logs.stdout))
+
+
+def test_a_job_of_an_id_is_sent_once_and_again_when_it_failed(cluster: RayCluster, site: Site) -> None:
+    """As by a pod that takes the place of one that was evicted, and by one that tries again. What fails here is a run
+    that meets another, which `--overlap-ok` makes a success."""
+    output = str(site.folder / "held")
+
+    def submit(*arguments: str) -> subprocess.CompletedProcess[str]:
+        settings = (f"--set=output={output}", "--id=night", *arguments)
+        return capfilt("submit", str(site.spec), "--address", cluster.job_server, *settings)
+
+    with Lease(output, {}, "first"):
+        failed = submit("--follow")
+        assert failed.returncode == 4, failed.stdout + failed.stderr
+        assert submitted(failed.stdout) == "night"
+        assert submitted(submit("--overlap-ok").stdout) == "night-2"
+        followed = submit("--overlap-ok", "--follow")  # while it runs
+    assert re.search(rf"night-2 is at {cluster.job_server} already \((PENDING|RUNNING)\)", followed.stdout)
+    assert f"{output}: held by run first" in followed.stdout
+    assert followed.stderr == "capfilt: night-2: SUCCEEDED, exit code 0 (done)\n"
+    assert followed.returncode == 0
+    done = submit()
+    assert f"night-2 is at {cluster.job_server} already (SUCCEEDED), and is not sent again" in done.stdout
 
 
 @pytest.mark.slow
@@ -271,6 +295,8 @@ def test_what_is_no_job_server_of_ours(code: int, body: object, message: str) ->
         ([], 2, "Missing option '--address'"),
         (["--address", "http://nowhere", "--set", "fragment_row=3"], 2, "did you mean fragment_rows?"),
         (["--address", "http://nowhere", "--env", "NOT_SET"], 2, "--env NOT_SET: not set here"),
+        (["--address", "http://nowhere", "--id", "a b"], 2, "--id 'a b': write letters, digits"),
+        (["--address", "http://nowhere", "--id", ""], 2, "--id '': write letters, digits"),
         (["--address", "http://nowhere", "--wheel", "x.whl"], 1, "x.whl: not a wheel of capfilt"),
     ],
 )

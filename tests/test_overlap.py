@@ -184,6 +184,12 @@ def test_the_command_says_who_holds_the_output_and_exits_with_4(spec: CurateSpec
                 assert (failed["event"], failed["error"], failed["exit_code"]) == ("failed", "LeaseHeldError", 4)
             else:
                 assert done.stderr == "capfilt: CAPFILT_LOG_FORMAT=xml: write text or json\n"
+        for form in ("text", "json"):
+            done = capfilt("run", file, "--overlap-ok", CAPFILT_LOG_FORMAT=form)
+            assert (done.returncode, done.stdout) == (0, ""), done.stderr
+            said = done.stderr if form == "text" else json.loads(done.stderr.splitlines()[-1])["message"]
+            assert f"{spec.output}: held by run first on " in said
+            assert said.rstrip().endswith("Exit code 0, as --overlap-ok asks")
     assert not list(Path(spec.output).glob("annotations"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime
+import itertools
 import logging
 import os
 import time
@@ -11,11 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from capfilt.errors import CapfiltError, RunInterruptedError, SpecError
 from capfilt.submit import ENTRYPOINT
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails
 
 OLDEST_RAY = (2, 60)
 """As pyproject.toml has it."""
@@ -82,17 +86,33 @@ class JobServer:
                 f"later {OLDEST_RAY[0]}.x: give its head and its nodes an image with that"
             )
 
-    def submit(self, runtime_env: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    def submit(
+        self,
+        runtime_env: Mapping[str, Any],
+        metadata: Mapping[str, str],
+        entrypoint: str = ENTRYPOINT,
+        job: str | None = None,
+    ) -> str:
         """Send a job. Its id.
+
+        Args:
+            job: the id, which no job there may have; Ray's choice if not given.
 
         Raises:
             CapfiltError: the server does not take it.
         """
         with self._errors():
-            job: str = self._client.submit_job(
-                entrypoint=ENTRYPOINT, runtime_env=dict(runtime_env), metadata=dict(metadata)
+            sent: str = self._client.submit_job(
+                entrypoint=entrypoint, runtime_env=dict(runtime_env), metadata=dict(metadata), submission_id=job
             )
-        return job
+        return sent
+
+    def attempts(self, name: str) -> list[JobState]:
+        """The jobs `NAME`, `NAME-2`, `NAME-3`, ... that are there: each was sent because the one before had failed."""
+        with self._errors():
+            there = {job.submission_id: job for job in self._client.list_jobs()}
+        ids = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+        return [_state(there[job]) for job in itertools.takewhile(there.__contains__, ids)]
 
     def state(self, job: str) -> JobState:
         """What is known of a job.
@@ -101,16 +121,7 @@ class JobServer:
             CapfiltError: there is none of this id, or the server does not answer.
         """
         with self._errors(job):
-            found = self._client.get_job_info(job)
-        return JobState(
-            id=found.submission_id or job,
-            status=str(found.status),
-            exit_code=_exit_code(str(found.status), found.driver_exit_code),
-            message=found.message or "",
-            entrypoint=found.entrypoint,
-            started=_time(found.start_time),
-            ended=_time(found.end_time),
-        )
+            return _state(self._client.get_job_info(job))
 
     def logs(self, job: str) -> str:
         """All that a job has printed so far."""
@@ -228,6 +239,18 @@ def _token_we_have() -> str:
     if os.environ.get("RAY_AUTH_MODE") != "token":
         return "none was sent"
     return "ours is not the one" if _has_token() else "there is none here"
+
+
+def _state(found: JobDetails) -> JobState:
+    return JobState(
+        id=found.submission_id or found.job_id or "",
+        status=str(found.status),
+        exit_code=_exit_code(str(found.status), found.driver_exit_code),
+        message=found.message or "",
+        entrypoint=found.entrypoint,
+        started=_time(found.start_time),
+        ended=_time(found.end_time),
+    )
 
 
 def _exit_code(status: str, code: int | None) -> int | None:
