@@ -37,7 +37,7 @@ BatchSize = Annotated[
 ]
 """Images in one forward pass."""
 
-Unit = Literal["probability", "cosine"]
+Unit = Literal["cosine", "probability"]
 """What a filter's scores, and so its thresholds, are."""
 
 
