@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console
@@ -168,12 +168,15 @@ def _listen(reading: int, stop: _Stop, console: Console, at_once: Callable[[], N
         name, now = signal.Signals(number[0]).name, time.monotonic()
         if first is None:
             first = now
-            _tell("interrupted", name, _HEARD.format(*_words(name)), console)
+            with suppress(OSError, SystemExit):  # nobody reads it any more; a second one is to be heard all the same
+                _tell("interrupted", name, _HEARD.format(*_words(name)), console)
         elif now - first >= _AGAIN_SECONDS:
-            at_once()
-            _tell("ended_at_once", name, _AT_ONCE, console)
-            console.show_cursor()
-            os._exit(RunInterruptedError.exit_code)
+            try:
+                at_once()
+                _tell("ended_at_once", name, _AT_ONCE, console)
+                console.show_cursor()
+            finally:
+                os._exit(RunInterruptedError.exit_code)
 
 
 def _words(name: str) -> tuple[str, str]:

@@ -171,3 +171,13 @@ def test_handlers_are_put_back_and_an_exit_is_an_interruption() -> None:
             signal.raise_signal(signal.SIGTERM)
         assert signal.getsignal(signal.SIGTERM) is own
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_second_one_is_heard_where_nobody_reads_what_is_said() -> None:
+    with process("native(60)", cleaning=60) as begun:
+        assert begun.stderr is not None
+        begun.stderr.close()
+        begun.send_signal(signal.SIGINT)
+        time.sleep(1)
+        begun.send_signal(signal.SIGINT)
+        assert begun.wait(timeout=10) == 130
