@@ -64,7 +64,10 @@ def curate_with(root: Path, captioners: list[str], filters: list[str], **fields:
             (Cosines if card.model == "clip" else HashFilter)(stub("filters", card)) for card in spec.filters
         ]
 
-    chosen = {"captioners": tuple(every[name] for name in captioners), "filters": tuple(every[name] for name in filters)}
+    chosen = {
+        "captioners": tuple(every[name] for name in captioners),
+        "filters": tuple(every[name] for name in filters),
+    }
     return curate_web(root, load=load, **{**chosen, **fields})
 
 
