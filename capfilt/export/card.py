@@ -123,8 +123,8 @@ def _way(spec: CurateSpec) -> Iterator[str]:
     )
     yield _table(("filter", "threshold, web", "threshold, synthetic", "unit"), _thresholds(spec))
     yield f"A text is kept by `decision: {spec.decision}`, synthetic ones by `keep: {spec.keep}`. {_sampling(spec)}"
-    if spec.keep_out:
-        yield f"\nKept out: {'; '.join(_kept_out(spec.keep_out))}."
+    if spec.keep_out and (lists := list(_kept_out(spec.keep_out))):
+        yield f"\nKept out: {'; '.join(lists)}."
     if copies := spec.duplicates:
         near = "" if copies.near_bits is None else f", or hashes that differ in at most {copies.near_bits} bits"
         url = f", and {copies.max_per_url:,} of a URL" if copies.max_per_url else ""
