@@ -13,7 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
+
 from capfilt.holder import standing
+from capfilt.spec import CurateSpec
 from capfilt.stores import blamed
 
 RUN, SUMMARY = "run.json", "summary.json"
@@ -59,6 +62,14 @@ class RunRecord:
         """Of the annotations, which the run left; None where that is not on record."""
         version = self.details.get("versions", {}).get("annotations")
         return version if isinstance(version, int) else None
+
+    @property
+    def spec(self) -> CurateSpec | None:
+        """As it was resolved; None where it is not on record, or another version of capfilt wrote it."""
+        try:
+            return CurateSpec.model_validate(self.details.get("spec"))
+        except ValidationError:
+            return None
 
     def as_json(self) -> dict[str, Any]:
         """For machines: these fields, then all others on record."""

@@ -34,17 +34,25 @@ from capfilt.cli import app
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import DatasetError, InputError, SpecError
 from capfilt.export import driver
+from capfilt.export.card import _way
 from capfilt.export.choice import Caption, Choice, draw
 from capfilt.export.driver import ExportSummary, export
 from capfilt.export.shards import RowGroup, Shard, cut
 from capfilt.pipelines.curate import curate, in_process
 from capfilt.spec import (
     CaptionerCard,
+    ClassifierCard,
     CurateSpec,
+    Duplicates,
+    EndpointCard,
     ExportSpec,
     FilterCard,
+    HubCheckpoint,
     Input,
+    KeepOut,
     LocalCheckpoint,
+    SamplingOverride,
+    Thresholds,
     ThresholdsOverride,
     load_spec,
 )
@@ -495,6 +503,91 @@ def test_the_manifest_tells_the_truth(make: MakeExport) -> None:
     assert there == {file["path"] for file in manifest["files"]} | {"manifest.json"}
     assert sum(file.get("rows", 0) for file in manifest["files"]) == summary.rows == manifest["asked"]["rows"]
     assert manifest["formats"].keys() == {"JPEG", "PNG", "WEBP"}
+
+
+# --- the dataset card ---
+
+
+def how(**fields: Any) -> str:
+    """What a dataset card says of a run whose spec has these fields."""
+    at = HubCheckpoint(hub="org/blip", revision="0123456789abcdef" * 2 + "01234567")
+    about: dict[str, Any] = {"checkpoint": at, "image_size": 16}
+    defaults: dict[str, Any] = {
+        **{"kind": "curate", "input": Input(paths=("in",)), "output": "out"},
+        "captioners": (CaptionerCard(role="captioner", name="writes", licence="BSD-3-Clause", **about),),
+        "filters": tuple(
+            FilterCard(role="filter", name=f"judge-{n}", thresholds=Thresholds(web=own, synthetic=own), **about)
+            for n, own in enumerate((0.3, 0.4))
+        ),
+    }
+    return "\n".join(_way(CurateSpec(**{**defaults, **fields})))
+
+
+def test_the_card_names_what_an_endpoint_served() -> None:
+    served = {"base_url": "http://10.0.0.7:8000/v1", "served_model": "llava-7b", "revision": "of May"}
+    captioner = EndpointCard(
+        **{"role": "captioner", "name": "remote", "model": "openai", "prompt": "Describe.", "licence": "llama2"},
+        **served,
+        sampling=SamplingOverride(max_tokens=60),
+    )
+    said = how(captioners=(captioner,))
+    assert "| captioner | remote | llava-7b, revision of May, behind an endpoint | llama2 |" in said
+    assert "Of remote: max_tokens 60." in said
+    assert "10.0.0.7" not in said
+    assert "| filter | judge-0 | [org/blip](https://huggingface.co/org/blip) at 0123456789ab | unknown |" in said
+
+
+@pytest.mark.parametrize(
+    ("fields", "rows"),
+    [
+        ({"decision": "mean"}, ["| mean of judge-0, judge-1 | 0.35 | 0.35 | probability |"]),
+        (
+            {"decision": "mean", "thresholds": ThresholdsOverride(web=0.6)},
+            ["| mean of judge-0, judge-1 | 0.6 | 0.35 | probability |"],
+        ),
+        ({"decision": "vote"}, ["| judge-0 | 0.3 | 0.3 | probability |", "| judge-1 | 0.4 | 0.4 | probability |"]),
+    ],
+)
+def test_the_card_has_the_thresholds_that_decided(fields: dict[str, Any], rows: list[str]) -> None:
+    table = how(**fields).partition("| filter | threshold")[2].partition("\n\n")[0]
+    assert table.splitlines()[2:] == rows
+
+
+def test_the_card_says_what_was_left_out() -> None:
+    classifier = ClassifierCard(
+        **{"role": "classifier", "name": "unsafe", "image_size": 16, "labels": ("nsfw",), "licence": "apache-2.0"},
+        checkpoint=LocalCheckpoint(path="/models/unsafe"),
+    )
+    said = how(
+        keep_out=KeepOut(domains=("bad.example", "worse.example"), words=("slur",), classifier=classifier),
+        duplicates=Duplicates(near_bits=16, max_per_url=3),
+    )
+    assert "| classifier | unsafe | local | apache-2.0 |" in said
+    assert (
+        "Kept out: domains (2 on the list); words in texts (1 on the list); images that unsafe takes for `nsfw` with a "
+        "probability of 0.5 or more." in said
+    )
+    assert "slur" not in said
+    assert (
+        "Of copies (the same bytes, or hashes that differ in at most 16 bits) 1 of an image may stay, and 3 of a URL."
+        in said
+    )
+    assert "Kept out" not in how() + how(keep_out=KeepOut())
+    assert "copies" not in how()
+
+
+def test_the_card_says_which_runs_it_knows_nothing_of(make: MakeExport, curated: str, tmp_path: Path) -> None:
+    """The rows are the last run's, whose record another version wrote."""
+    copy = tmp_path / "copy"
+    shutil.copytree(curated, copy)
+    for record in copy.glob("_runs/*/run.json"):
+        held = json.loads(record.read_text())
+        held["spec"]["of_tomorrow"] = True
+        record.write_text(json.dumps(held))
+    spec = make(dataset=str(copy))
+    run(spec)
+    readme = Path(spec.output, "README.md").read_text()
+    assert "Settings of 1 of 1 runs are not on record, or of another version of capfilt." in readme
 
 
 # --- stores ---

@@ -1,4 +1,4 @@
-"""Pictures of dropped rows in reports, from inputs of every kind."""
+"""What a report has of the input: pictures of dropped rows, whatever its files are; its paths, its truth."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from conftest import jpeg, read
+from conftest import MakeSpec, jpeg, read, write_shard
 from curated_web import curate_web
 from fsspec.implementations.memory import MemoryFileSystem
+from test_report import Parsed
 
+from capfilt import toyweb
 from capfilt.dataset import CuratedDataset
+from capfilt.report import make_report
+from capfilt.report.judged import find_truth
 from capfilt.report.pictures import Budget, Pictures
-from capfilt.spec import CurateSpec, Input, ThresholdsOverride
+from capfilt.spec import CurateSpec, Input, ThresholdsOverride, Truth
 
 ROWS = 50
 NOTHING = ThresholdsOverride(web=1.0, synthetic=1.0)
@@ -56,8 +60,8 @@ def test_dropped_rows_of_any_input_have_their_pictures(tmp_path: Path, write: ob
     write(tmp_path / "in")
     spec, _ = curate_web(tmp_path, thresholds=NOTHING, report=False)
     found = found_of(spec)
-    begin = dict.fromkeys(range(ROWS), "data:image/webp;base64,")
-    assert {row: picture[:23] for row, picture in found.items()} == begin
+    assert found.keys() == set(range(ROWS))
+    assert {picture[:23] for picture in found.values()} == {"data:image/webp;base64,"}
     assert len(set(found.values())) == ROWS
     assert set(found_of(spec, bytes=100).values()) == {"not read: enough bytes were"}
 
@@ -81,3 +85,34 @@ def test_a_tar_in_a_store_is_looked_through_only_where_that_may_be_read(
     spec, _ = curate_web(tmp_path, thresholds=NOTHING, report=False, input=source)
     assert {picture[:5] for picture in found_of(spec, bytes=3 * size).values()} == {"data:"}
     assert set(found_of(spec, bytes=size - 1).values()) == {"not read: enough bytes were"}
+
+
+@pytest.mark.parametrize("path", ["shards", "shards/", "shards/*.parquet", "shard?/*.parquet", "shards/00000.parquet"])
+def test_the_truth_of_a_toy_web_is_found_however_its_shards_are_named(
+    make_spec: MakeSpec, tmp_path: Path, path: str
+) -> None:
+    web = toyweb.render(tmp_path / "web", images=20, shards=1)
+    (shard,) = web.shards
+    named = str(web.directory / path.replace("00000.parquet", shard.name))
+    found = find_truth(make_spec(input=Input(paths=(named,))))
+    assert found == Truth(toyweb=str(web.directory))
+    assert find_truth(make_spec(input=Input(paths=(str(tmp_path),)))) is None
+
+
+def test_a_page_names_some_of_many_paths(tmp_path: Path) -> None:
+    paths = tuple(str(write_shard(tmp_path / "in" / f"{n:03d}.parquet", [jpeg(n)])) for n in range(30))
+    spec, _ = curate_web(tmp_path, input=Input(paths=paths), report=False)
+    page = Parsed(make_report(CuratedDataset.for_reading(spec.output, {}), {}).html)
+    text = " ".join(" ".join(page.text).split())
+    assert f"{paths[19]} , and 10 more" in text
+    assert paths[20] not in text
+
+
+def test_where_no_row_is_judged_there_is_no_empty_chart(tmp_path: Path) -> None:
+    write_shard(tmp_path / "in" / "0.parquet", [None] * 5)
+    spec, _ = curate_web(tmp_path, report=False)
+    page = Parsed(make_report(CuratedDataset.for_reading(spec.output, {}), {}).html)
+    charts = {about["id"] for tag, about in page.elements if tag == "figure"}
+    assert "chart-lengths" in charts
+    assert not charts & {"chart-kept", "chart-itm"}
+    assert "No row was decided by the scores of its texts" in " ".join(page.text)

@@ -161,4 +161,4 @@ def test_scores_of_unlike_units_have_none(tmp_path: Path) -> None:
     curate_with(tmp_path, ["writer"], ["judge"], report=False)
     text, data = page_of(*curate_with(tmp_path, ["writer"], ["clip"]))
     assert (data["unit"], data["before"]["unit"]) == ("cosine", "probability")
-    assert "The two versions’ scores are not in one unit: how far they moved says nothing." in text
+    assert "The two versions’ scores are not known to be in one unit: how far they moved may say nothing." in text

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import read
-from curated_web import HOSTILE, curate_web, make_web
+from curated_web import HOSTILE, cards, curate_web, make_web
 from test_report_models import curate_with
 
 from capfilt.schema import Status
@@ -255,6 +255,27 @@ def test_cosines_have_axes_and_sliders_of_their_own(browser: Any, tmp_path: Path
         assert ticks[-1] in ("0.40", "0.4")
     assert "P(match)" not in page.locator("main").inner_text()
     assert watched.said == []
+    watched.context.close()
+
+
+def test_what_only_the_version_before_has_is_drawn_in_a_colour_of_its_own(browser: Any, tmp_path: Path) -> None:
+    make_web(tmp_path)
+    curate_web(tmp_path, report=False)
+    newer = cards(tmp_path)["captioners"][0].model_copy(update={"name": "newer", "prompt": "a photo of "})
+    spec, summary = curate_web(tmp_path, captioners=(newer,))
+    watched = Watched(browser, Path(spec.output) / "_runs" / summary.run / "report.html")
+    drawn = watched.page.locator("#chart-drift .legend li").evaluate_all(
+        """(all) => all.map((one) => {
+          const line = one.querySelector("line");
+          return [one.textContent, line.getAttribute("stroke"), line.hasAttribute("stroke-dasharray")];
+        })"""
+    )
+    assert drawn == [
+        ["web texts", "var(--origin-0)", False],
+        ["newer", "var(--origin-1)", False],
+        ["web texts before", "var(--origin-0)", True],
+        ["writer before", "var(--origin-2)", True],
+    ]
     watched.context.close()
 
 

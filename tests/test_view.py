@@ -18,6 +18,7 @@ from urllib.parse import quote, urlencode
 from urllib.request import urlopen
 
 import duckdb
+import pyarrow.parquet as pq
 import pytest
 from conftest import jpeg, read, write_shard
 from s3 import S3
@@ -25,7 +26,7 @@ from viewing import HOSTILE, Served, make_dataset, make_spec, run, serving
 
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import CapfiltError, DatasetError
-from capfilt.spec import CurateSpec, Input
+from capfilt.spec import CurateSpec, Input, Thresholds
 from capfilt.view.explorer import Explorer
 from capfilt.view.search import Search, terms
 from capfilt.view.server import Server
@@ -239,6 +240,26 @@ def test_images_come_from_the_pairs_or_the_input(view: Served) -> None:
         ("dropped", "no_image", 409),
         ("error", "not_an_image", 409),
     }
+
+
+def test_a_pair_of_another_image_is_not_shown(tmp_path: Path) -> None:
+    """As a table that another tool maintained may have it: no mark is to be of a text beside the wrong picture."""
+    spec = make_spec(tmp_path, thresholds=Thresholds(web=0.0, synthetic=0.0))
+    write_shard(tmp_path / "in" / "a.parquet", [jpeg(n) for n in range(8)])
+    run(spec)
+    (file,) = (tmp_path / "out" / "pairs").rglob("*.parquet")
+    table = pq.read_table(file, partitioning=None)
+    images = table["image"].to_pylist()
+    images[3] = images[4]
+    swapped = table.set_column(table.schema.get_field_index("image"), table.schema.field("image"), [images])
+    pq.write_table(swapped, file)
+    with serving(spec.output, tmp_path / "m.parquet", tmp_path / "i.duckdb") as view:
+        for row in view.rows():
+            status, _, body = image(view, row)
+            assert (status == 200) == (row["row"] != 3)
+            if status != 200:
+                assert "row 3 of shard" in json.loads(body)["error"]
+                assert "another image in the pairs than the annotations name" in json.loads(body)["error"]
 
 
 def test_an_input_that_is_gone_or_changed_is_said(tmp_path: Path) -> None:

@@ -5,19 +5,27 @@ Names of models and licences are from the runs' records; no text of the data is 
 
 from __future__ import annotations
 
-import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from capfilt.dataset import CuratedDataset
 from capfilt.schema import Reason, Status
-from capfilt.spec import ExportSpec
+from capfilt.spec import (
+    AnyCard,
+    CaptionerCard,
+    ClassifierCard,
+    CurateSpec,
+    EndpointCard,
+    ExportSpec,
+    HubCheckpoint,
+    KeepOut,
+)
 
 _CHOICES = {
-    "best": "the kept text that matches best (mean ITM probability of the filters)",
+    "best": "the kept text that matches best (by the mean of the filters' scores)",
     "web-first": "the web's text where it was kept, else the best synthetic one",
     "mixture": "where both kinds were kept, the web's with probability {p:g} and else the best synthetic one, drawn by "
     "seed {seed} and the image's sha256",
@@ -40,7 +48,7 @@ def card(spec: ExportSpec, dataset: CuratedDataset, manifest: Mapping[str, Any],
     origin = ", ".join(f"{count:,} {name}" for name, count in sources.items())
     images = ", ".join(f"{count:,} {name}" for name, count in manifest["formats"].items())
     runs = {state.provenance.run for state in dataset.committed().values()}
-    specs = [record.details["spec"] for record in dataset.runs() if record.run in runs and "spec" in record.details]
+    specs = [record.spec for record in dataset.runs() if record.run in runs and record.spec is not None]
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(spec, asked['rows']), sort_keys=False)}---\n",
         "# Image-text pairs, curated with CapFilt\n",
@@ -95,39 +103,73 @@ def _reasons(dataset: CuratedDataset) -> str:
     ) + (f"\n`{Reason.NO_MATCH}`: no text of the image, the web's or a captioner's, passed the filters.\n")
 
 
-def _how(specs: Sequence[Mapping[str, Any]], runs: int) -> Iterable[str]:
+def _how(specs: Sequence[CurateSpec], runs: int) -> Iterable[str]:
     """What the runs that made the rows used. Rows of runs with other settings may stand side by side."""
     if len(specs) < runs:
-        yield f"## How it was made\n\n{runs - len(specs):,} of {runs:,} runs are not on record.\n"
-    ways = {json.dumps(_way(spec), sort_keys=True) for spec in specs}
-    for number, way in enumerate(map(json.loads, sorted(ways))):
-        yield f"## How it was made{f' ({number + 1} of {len(ways)})' if len(ways) > 1 else ''}\n"
-        yield _table(("model", "name", "checkpoint", "licence"), way["models"])
-        yield _table(("filter", "threshold, web", "threshold, synthetic"), way["thresholds"])
-        yield f"A text is kept by `decision: {way['decision']}`, synthetic ones by `keep: {way['keep']}`. Sampling: "
-        yield ", ".join(f"{name} {value}" for name, value in way["sampling"].items()) + ".\n"
+        unknown = f"{runs - len(specs):,} of {runs:,} runs"
+        yield f"## How it was made\n\nSettings of {unknown} are not on record, or of another version of capfilt.\n"
+    ways = sorted({"\n".join(_way(spec)) for spec in specs})
+    for number, way in enumerate(ways, 1):
+        yield f"## How it was made{f' ({number} of {len(ways)})' if len(ways) > 1 else ''}\n\n{way}\n"
 
 
-def _way(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run's record says that matters to a row; of a run of an older capfilt it may lack."""
-    cards = [("captioner", one) for one in spec.get("captioners", ())] + [
-        ("filter", f) for f in spec.get("filters", ())
+def _way(spec: CurateSpec) -> Iterator[str]:
+    """What of a run's spec matters to a row."""
+    classifier = spec.keep_out.classifier if spec.keep_out else None
+    cards = [*spec.captioners, *spec.filters, *([classifier] if classifier else [])]
+    yield _table(
+        ("model", "name", "checkpoint", "licence"),
+        [(card.role, card.name, _weights(card), card.licence) for card in cards],
+    )
+    yield _table(("filter", "threshold, web", "threshold, synthetic", "unit"), _thresholds(spec))
+    yield f"A text is kept by `decision: {spec.decision}`, synthetic ones by `keep: {spec.keep}`. {_sampling(spec)}"
+    if spec.keep_out and (lists := list(_kept_out(spec.keep_out))):
+        yield f"\nKept out: {'; '.join(lists)}."
+    if copies := spec.duplicates:
+        near = "" if copies.near_bits is None else f", or hashes that differ in at most {copies.near_bits} bits"
+        url = f", and {copies.max_per_url:,} of a URL" if copies.max_per_url else ""
+        yield f"\nOf copies (the same bytes{near}) {copies.max_per_image:,} of an image may stay{url}."
+
+
+def _thresholds(spec: CurateSpec) -> list[tuple[str, str, str, str]]:
+    """What scores were compared with: those of each filter for a vote, or of their mean."""
+    judges = [(card.name, card.unit) for card in spec.filters]
+    if spec.decision == "mean" and len(judges) > 1:
+        judges = [(f"mean of {', '.join(name for name, _ in judges)}", judges[0][1])]
+    return [
+        (name, f"{own.web:.6g}", f"{own.synthetic:.6g}", unit)
+        for (name, unit), own in zip(judges, spec.effective_thresholds, strict=True)
     ]
-    override = {name: value for name, value in (spec.get("thresholds") or {}).items() if value is not None}
-    thresholds = [(one["name"], {**one.get("thresholds", {}), **override}) for one in spec.get("filters", ())]
-    return {
-        "models": [(role, one["name"], _checkpoint(one), one.get("licence", "unknown")) for role, one in cards],
-        "thresholds": [(name, own.get("web", ""), own.get("synthetic", "")) for name, own in thresholds],
-        "decision": spec.get("decision", "mean"),
-        "keep": spec.get("keep", "best"),
-        "sampling": spec.get("sampling", {}),
-    }
 
 
-def _checkpoint(one: Mapping[str, Any]) -> str:
-    checkpoint = one.get("checkpoint", {})
-    if "hub" in checkpoint:
-        return f"[{checkpoint['hub']}](https://huggingface.co/{checkpoint['hub']}) at {checkpoint['revision'][:12]}"
+def _sampling(spec: CurateSpec) -> str:
+    """How captioners write; of one that has its own way, what is other."""
+    ways: dict[str, Mapping[str, Any]] = {"Sampling": spec.sampling.model_dump()}
+    for card in spec.captioners:
+        if not isinstance(card, CaptionerCard):
+            ways[f"Of {card.name}"] = card.sampling.model_dump(exclude_none=True)
+    return " ".join(
+        f"{title}: {', '.join(f'{name} {value}' for name, value in way.items())}." for title, way in ways.items() if way
+    )
+
+
+def _kept_out(lists: KeepOut) -> Iterator[str]:
+    """How much is listed; what, is no part of a card."""
+    for what, listed in (("domains", lists.domains), ("words in texts", lists.words)):
+        if listed:
+            yield f"{what} ({len(listed):,} on the list)"
+    if own := lists.classifier:
+        labels = ", ".join(f"`{label}`" for label in own.labels)
+        yield f"images that {own.name} takes for {labels} with a probability of {own.threshold:g} or more"
+
+
+def _weights(card: AnyCard | ClassifierCard) -> str:
+    """Where they come from, as far as a reader can follow."""
+    if isinstance(card, EndpointCard):
+        return f"{card.served_model}{f', revision {card.revision}' if card.revision else ''}, behind an endpoint"
+    if isinstance(card.checkpoint, HubCheckpoint):
+        hub = card.checkpoint.hub
+        return f"[{hub}](https://huggingface.co/{hub}) at {card.checkpoint.revision[:12]}"
     return "local"  # the path is of no use to a reader
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from dataclasses import dataclass
 
@@ -54,10 +55,17 @@ def truth_at(path: str) -> Truth:
 
 
 def find_truth(spec: CurateSpec | None) -> Truth | None:
-    """The truth that lies beside the input: that of a rendered toy web, if the input is one."""
+    """The truth that lies beside the input: that of a rendered toy web, if the input is one.
+
+    It lies beside the folder of shards: the input, or what holds the file that it names or the first that it matches.
+    """
     if spec is None or len(spec.input.paths) != 1 or "://" in spec.input.paths[0]:
         return None
-    truth = truth_at(os.path.dirname(spec.input.paths[0].rstrip("/")))
+    path = spec.input.paths[0].rstrip("/")
+    if not os.path.exists(path):
+        path = next(glob.iglob(path, recursive=True), path)
+    folder = os.path.dirname(path) if os.path.isfile(path) else path
+    truth = truth_at(os.path.dirname(folder))
     return truth if truth.toyweb else None
 
 

@@ -108,6 +108,7 @@ class Page:
         page = template.render(
             page=self,
             now=self.now,
+            origins=self._origins(),
             policy=_policy(scripts, [style, PLOT_STYLE]),
             style=Markup(style),
             scripts=[Markup(script) for script in scripts],
@@ -137,6 +138,7 @@ class Page:
             for origin, own in now.captions.items()
         }
         return {
+            "origins": self._origins(),
             "unit": now.rule.unit,
             "thresholds": scores.thresholds,
             "inForce": _by_source(now.rule.thresholds),
@@ -153,6 +155,13 @@ class Page:
             "before": None if self.before is None else _before(self.before),
             "runs": [_run(record) for record in self.runs if record.details.get("seconds")],
         }
+
+    def _origins(self) -> list[str]:
+        """Of texts, each with a colour of its own: the web, then captioners, then those that the version before had."""
+        found = {**self.now.scores.itm, **self.now.captions}
+        if self.before is not None:
+            found |= {**self.before.scores.itm, **self.before.captions}
+        return [WEB, *(origin for origin in found if origin != WEB)]
 
     def _gallery(self) -> tuple[list[dict[str, Any]], int]:
         """The rows that fit, those that thresholds decide by the least margin first; and how many do not."""

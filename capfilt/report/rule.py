@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from statistics import fmean
 
-from pydantic import ValidationError
-
 from capfilt.records import RunRecord
 from capfilt.report.tally import WEB, Tally
 from capfilt.schema import Status
@@ -61,7 +59,8 @@ def find_rule(tally: Tally, records: Mapping[str, RunRecord]) -> Rule:
         f"SELECT run, count(*) AS n FROM rows WHERE status <> '{Status.ERROR}' GROUP BY run ORDER BY n DESC, run DESC"
     )
     for run, count in tally.ask(query):
-        spec = _spec(records.get(run))
+        record = records.get(run)
+        spec = record.spec if record else None
         if spec is None:
             unknown += count
             continue
@@ -79,13 +78,6 @@ def find_rule(tally: Tally, records: Mapping[str, RunRecord]) -> Rule:
     others = rows.total() - most + unknown
     unit = units.pop() if len(units) == 1 else None
     return Rule(run, spec, decision, unit, mean, len(set(thresholds)) == 1 and not others, others)
-
-
-def _spec(record: RunRecord | None) -> CurateSpec | None:
-    try:
-        return None if record is None else CurateSpec.model_validate(record.details.get("spec"))
-    except ValidationError:
-        return None  # another version's
 
 
 def _seen(tally: Tally) -> Thresholds:

@@ -64,7 +64,7 @@ class Pictures:
         """
         try:
             kept = about["status"] == Status.KEPT
-            image = self._of_pairs(shard, about["row"]) if kept else self._of_input(shard, about)
+            image = self._of_pairs(shard, about) if kept else self._of_input(shard, about)
             if image is None:
                 raise NoPictureError("the row came without an image")
             if len(image) > _LARGEST:
@@ -77,12 +77,19 @@ class Pictures:
 
     # --- kept ---
 
-    def _of_pairs(self, shard: str, row: int) -> bytes:
+    def _of_pairs(self, shard: str, about: Mapping[str, Any]) -> bytes:
+        row = about["row"]
         for start, stop, url in self._pairs.get(shard, ()):
             if start <= row < stop:
                 image = read_parquet(url, self._options, lambda parquet: _image_in(parquet, row), _PAUSES)
-                if image is not None:
-                    return image
+                if image is None:
+                    continue
+                if hashlib.sha256(image).hexdigest() != about["image_sha256"]:  # another tool's work
+                    raise NoPictureError(
+                        f"row {row} of shard {shard} holds another image in the pairs than the annotations name; touch "
+                        "the shard's input and run again to curate it anew"
+                    )
+                return image
         raise NoPictureError("the pairs of this version do not have the row; a run may be about to commit them")
 
     # --- all others ---

@@ -26,10 +26,8 @@ function binary(bytes) {
 
 const sum = (numbers) => numbers.reduce((total, one) => total + one, 0);
 
-/** Colour of a text's origin: the web's, then one for each captioner. */
-const origins = Object.keys(data.itm).length ? Object.keys(data.itm) : Object.keys(data.captions);
-for (const origin of Object.keys(data.captions)) if (!origins.includes(origin)) origins.push(origin);
-const colour = (origin) => `var(--origin-${Math.max(0, origins.indexOf(origin)) % 6})`;
+/** Colour of a text's origin: the web's, then one for each captioner, those of the version before included. */
+const colour = (origin) => `var(--origin-${data.origins.indexOf(origin) % 6})`;
 /** What scores are, on an axis. */
 const unitOf = (unit) => ({ probability: "P(match)", cosine: "cosine similarity" })[unit] ?? "score";
 const named = (origin) => (origin === "web" ? "web texts" : origin);
