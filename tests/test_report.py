@@ -672,6 +672,7 @@ def test_every_statistic_is_compared(tmp_path: Path) -> None:
         "true": [text["itm"] > 0.3 for _, text in texts],
     }
     pq.write_table(pa.table(table), tmp_path / "labels.parquet")
+    assert "truth, web: ROC AUC" not in Tables(make_report(dataset, {}).html).rows
     made = make_report(dataset, {}, truth=truth_at(str(tmp_path / "labels.parquet")))
     page = Tables(made.html).rows
     for status, name in ((Status.DROPPED, "no_match"), (Status.ERROR, "not_an_image")):
@@ -682,6 +683,7 @@ def test_every_statistic_is_compared(tmp_path: Path) -> None:
     assert page["images with a side below 200"][:2] == ["100.0%", "100.0%"]
     assert page["truth, web: ROC AUC"] == ["1.000", "1.000", "="]
     assert page["truth, web: calibration error"][2] == "="
+    assert "truth, synthetic: ROC AUC" in page
     assert page["run: rows a second"][0] != "–" != page["run: rows a second"][1]
     assert page["run: rows a second of a worker, write"][0] != "–"
 

@@ -29,16 +29,16 @@ class Change:
 
 
 def compare(before: Statistics, now: Statistics) -> list[Change]:
-    """Every number of either version, in order; see :func:`capfilt.report.statistics.side_by_side`."""
+    """Every number that either version has, in order; see :func:`capfilt.report.statistics.side_by_side`."""
     old, new = ({name: (kind, value) for name, kind, value in _numbers(of)} for of in side_by_side(before, now))
     found = []
     for name in [*new, *(name for name in old if name not in new)]:
         kind = (new.get(name) or old[name])[0]
         was, is_ = (of.get(name, (kind, None))[1] for of in (old, new))
-        if kind != "share":
-            found.append(Change(name, kind, was, is_))
-        elif was or is_:
+        if kind == "share" and (was or is_):
             found.append(Change(name, "fraction", was, is_))
+        elif kind != "share" and (was, is_) != (None, None):
+            found.append(Change(name, kind, was, is_))
     return found
 
 
