@@ -224,13 +224,24 @@ def _csv(file: ListFile, source: UrlList) -> Tables:
         names = list(source.column_names or first)
         columns = _recognised(file, source, names)
         if source.column_names:
-            if first[names.index(columns.url)] in (columns.url, *URL_COLUMNS):
-                raise InputError(f"{file.path}: line 1 is a header; take out urls.column_names")
+            _check_named(file, columns.url, dict(zip(names, first, strict=True)))
             rows = itertools.chain([first], rows)
         places = {name: names.index(name) for name in columns.all}
         yield columns, _texts([], places)
         while batch := list(itertools.islice(rows, _BATCH)):
             yield columns, _texts(batch, places)
+
+
+def _check_named(file: ListFile, url: str, first: Mapping[str, str]) -> None:
+    """Refuse columns' names that the first row shows to be wrong."""
+    if first[url] in (url, *URL_COLUMNS):
+        raise InputError(f"{file.path}: line 1 is a header; take out urls.column_names")
+    others = [name for name, value in first.items() if URL.match(value)]
+    if first[url] and others and url not in others:
+        raise InputError(
+            f"{file.path}: in line 1 column {others[0]} holds a URL, and {url} does not; name the columns in their "
+            "order with urls.column_names"
+        )
 
 
 def _texts(rows: Sequence[Sequence[str]], places: Mapping[str, int]) -> pa.Table:

@@ -222,7 +222,7 @@ def test_mds_by_its_layout(make: MakeExport, curated: str) -> None:
 
 
 def test_mds_by_its_own_reader(make: MakeExport, curated: str) -> None:
-    streaming = pytest.importorskip("streaming", reason="mosaicml-streaming wants older packages; see docs/export.md")
+    streaming = pytest.importorskip("streaming", reason="tests/test_export_readers.py runs this one")
     spec, expected = make("mds"), pairs(curated)
     run(spec)
     read_back = streaming.StreamingDataset(local=spec.output, batch_size=1, shuffle=False)
@@ -232,7 +232,7 @@ def test_mds_by_its_own_reader(make: MakeExport, curated: str) -> None:
 
 
 def test_litdata(make: MakeExport, curated: str) -> None:
-    litdata = pytest.importorskip("litdata")
+    litdata = pytest.importorskip("litdata", reason="tests/test_export_readers.py runs this one")
     spec, expected = make("litdata"), pairs(curated)
     run(spec)
     loaded = litdata.StreamingDataset(spec.output)
@@ -361,7 +361,7 @@ def test_an_export_that_breaks_off_resumes(
     make: MakeExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     if form == "litdata":
-        pytest.importorskip("litdata")
+        pytest.importorskip("litdata", reason="tests/test_export_readers.py runs this one")
     whole = make(form, output=str(tmp_path / "whole"), writers=1)
     run(whole)
     spec = make(form, writers=1)
@@ -635,7 +635,7 @@ def test_an_export_to_a_store_that_breaks_off_while_it_is_put_in_place(
     make: MakeExport, bucket: MemoryFileSystem, monkeypatch: pytest.MonkeyPatch, form: str
 ) -> None:
     if form == "litdata":
-        pytest.importorskip("litdata")
+        pytest.importorskip("litdata", reason="tests/test_export_readers.py runs this one")
     spec = make(form, output="memory://bucket/export")
     break_off(spec, monkeypatch, moves=3)
     assert len(bucket.find("/bucket/export")) == 3

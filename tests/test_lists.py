@@ -113,6 +113,12 @@ def test_what_is_found(tmp_path: Path) -> None:
             r"l\.tsv: has no header: its line 1 holds http://a/1\. Name its 2 columns in order with urls\.column_names",
         ),
         ("l.tsv", "a\thttp://a/1\n", {"column_names": ("text", "url", "x")}, r"2 fields, and urls\.column_names 3"),
+        (
+            "l.tsv",
+            "a\thttp://a/1\n",
+            {"column_names": ("url", "text")},
+            r"in line 1 column text holds a URL, and url does not; name the columns in their order",
+        ),
         ("l.tsv", "text\tURL\n", {"column_names": ("text", "url")}, r"line 1 is a header; take out urls\.column_names"),
         ("l.jsonl", '{"url": "u"}\n', {"column_names": ("url",)}, r"l\.jsonl: urls\.column_names is for CSV and TSV"),
         ("l.csv.gz", "url\nu\n", {}, r"l\.csv\.gz: not readable as csv: BadGzipFile"),
