@@ -113,7 +113,7 @@ def submit(
         check_name(name)
     submission = prepare(spec, overrides or (), shared or ())
     with tempfile.TemporaryDirectory(prefix="capfilt-") as folder:
-        requirements = pack(submission, Path(folder), wheel, pip)
+        requirements = pack(submission, Path(folder), wheel, pip, env or ())
         environment = runtime_env(Path(folder), requirements, env or ())
         server = JobServer(address)
         before = server.attempts(name) if name else []

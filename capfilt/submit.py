@@ -22,7 +22,16 @@ import yaml
 from pydantic import BaseModel
 
 from capfilt.errors import CapfiltError, CheckpointError, SpecError
-from capfilt.spec import AnyCard, ClassifierCard, LocalCard, LocalCheckpoint, PretrainSettings, RunSpec, load_spec
+from capfilt.spec import (
+    AnyCard,
+    ClassifierCard,
+    ExportSpec,
+    LocalCard,
+    LocalCheckpoint,
+    PretrainSettings,
+    RunSpec,
+    load_spec,
+)
 from capfilt.spec.fields import absolute
 from capfilt.weights import inspect, inspect_classifier, inspect_starts
 
@@ -35,6 +44,12 @@ MAX_BYTES = 100 * 2**20
 
 STOP_SECONDS = 600
 """A stopped run commits what is finished before it ends; Ray kills it after 3 s if it is not told to wait."""
+
+_EXTRAS_OF_KINDS = {
+    "ingest": "ingest",
+    **dict.fromkeys(("pretrain", "finetune-captioner", "finetune-filter", "bootstrap"), "train"),
+}
+_EXTRAS_OF_SCHEMES = dict.fromkeys(("gs", "gcs"), "gcs") | dict.fromkeys(("az", "abfs", "abfss"), "azure")
 
 _WORKING_DIR = "${RAY_RUNTIME_ENV_CREATE_WORKING_DIR}"  # pip reads it on the node, where the folder lies then
 
@@ -134,13 +149,20 @@ def _with_checkpoints(node: Any, change: Callable[[LocalCheckpoint], LocalCheckp
     return node
 
 
-def pack(submission: Submission, folder: Path, wheel: Path | None = None, constraints: Path | None = None) -> list[str]:
+def pack(
+    submission: Submission,
+    folder: Path,
+    wheel: Path | None = None,
+    constraints: Path | None = None,
+    forward: Sequence[str] = (),
+) -> list[str]:
     """Write a job's working directory.
 
     Args:
         wheel: the capfilt that the job runs, in place of the one that the cluster has. Its files go into the folder,
             which comes first on every worker's path.
-        constraints: have pip install capfilt and what it depends on (the wheel's, if given), at this file's versions.
+        constraints: have pip install capfilt (the wheel, if given) and what this run needs, at this file's versions.
+        forward: as of :func:`runtime_env`.
 
     Returns:
         Requirements for pip; none without constraints.
@@ -161,7 +183,7 @@ def pack(submission: Submission, folder: Path, wheel: Path | None = None, constr
     if wheel is not None:  # and not by py_modules, for which Ray has pip fetch all that the wheel depends on, torch too
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(folder)
-    return _requirements(submission.spec.kind, folder, wheel, constraints) if constraints else []
+    return _requirements(extras(submission.spec, forward), folder, wheel, constraints) if constraints else []
 
 
 def _check_sizes(checkpoints: Mapping[str, Path]) -> None:
@@ -178,14 +200,26 @@ def _check_sizes(checkpoints: Mapping[str, Path]) -> None:
         )
 
 
-def _requirements(kind: str, folder: Path, wheel: Path | None, constraints: Path) -> list[str]:
+def extras(spec: RunSpec, forward: Sequence[str] = ()) -> list[str]:
+    """Names of the extras of capfilt that a run needs: by its kind, its stores and its environment."""
+    needed = {_EXTRAS_OF_KINDS.get(spec.kind)}
+    if isinstance(spec, ExportSpec) and spec.format == "litdata":
+        needed.add("litdata")
+    text = spec.model_dump_json(exclude_unset=True)
+    needed |= {_EXTRAS_OF_SCHEMES.get(scheme) for scheme in re.findall(r"\b([a-z0-9]+)://", text)}
+    if any(re.fullmatch(r"OTEL_EXPORTER_OTLP_(\w+_)?ENDPOINT", name) for name in forward):
+        needed.add("otel")
+    return sorted(filter(None, needed))
+
+
+def _requirements(extras: Sequence[str], folder: Path, wheel: Path | None, constraints: Path) -> list[str]:
     """Put what pip needs into the folder, at paths that change with the contents: Ray caches environments by them."""
     files = [constraints, *([wheel] if wheel else [])]
     digest = hashlib.blake2b(b"".join(file.read_bytes() for file in files), digest_size=6).hexdigest()
     (folder / digest).mkdir()
     for file in files:
         shutil.copy(file, folder / digest)
-    extra = {"curate": "", "evaluate": "", "ingest": "[ingest]"}.get(kind, "[train]")
+    extra = f"[{','.join(extras)}]" if extras else ""
     package = f"{_WORKING_DIR}/{digest}/{wheel.name}{extra}" if wheel else f"capfilt{extra}=={_own_version()}"
     return [f"-c {_WORKING_DIR}/{digest}/{constraints.name}", package]
 

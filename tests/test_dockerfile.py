@@ -111,7 +111,7 @@ def test_every_installation_is_constrained() -> None:
 
 
 def test_any_run_can_be_run_in_it() -> None:
-    """Of whatever kind, in whatever store, but an export for LitData. The other extras are for who looks or builds."""
+    """Of whatever kind, in whatever store, but an export for LitData. Other extras are for people who look or build."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert set(defaults()["EXTRAS"].split(",")) == project["optional-dependencies"].keys() - {
         *("litdata", "view", "docs", "dev")

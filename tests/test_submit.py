@@ -7,14 +7,15 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import jpeg, write_shard
 
 from capfilt.errors import CapfiltError, CheckpointError, SpecError
 from capfilt.fingerprints import run_fingerprints
 from capfilt.models.tiny import write_tiny_pair
 from capfilt.pipelines.jobs import OLDEST_RAY
-from capfilt.spec import CurateSpec, LocalCheckpoint, PretrainSpec, load_spec
-from capfilt.submit import MAX_BYTES, SPEC, Submission, pack, prepare, runtime_env
+from capfilt.spec import CurateSpec, LocalCheckpoint, PretrainSpec, TrainSpec, load_spec
+from capfilt.submit import MAX_BYTES, SPEC, Submission, extras, pack, prepare, runtime_env
 
 ROOT = Path(__file__).parent.parent
 
@@ -193,6 +194,41 @@ def test_requirements_of_pip(project: Path, tmp_path: Path) -> None:
     assert pack(prepare(project / "specs" / "run.yaml"), folder, None, constraints)[1].startswith("capfilt==")
     with pytest.raises(CapfiltError, match=r"gone.txt: no such file"):
         pack(prepare(project / "specs" / "run.yaml"), folder, None, tmp_path / "gone.txt")
+
+
+@pytest.mark.parametrize(
+    ("text", "forward", "needed"),
+    [
+        ("", [], []),
+        ("input: {paths: gs://bucket/laion}", [], ["gcs"]),
+        ("output: abfss://container@account.dfs.core.windows.net/curated", ["PATH"], ["azure"]),
+        ("withdrawn: {urls: [az://container/withdrawn.csv]}\noutput: gcs://bucket/x", [], ["azure", "gcs"]),
+        ("", ["OTEL_SERVICE_NAME"], []),
+        ("", ["OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"], ["otel"]),
+        ("kind: ingest\nurls: {paths: urls.csv}", ["OTEL_EXPORTER_OTLP_ENDPOINT"], ["ingest", "otel"]),
+        ("kind: export\ndataset: s3://bucket/x\noutput: ../y\nformat: parquet", [], []),
+        ("kind: export\ndataset: gs://bucket/x\noutput: ../y\nformat: litdata", [], ["gcs", "litdata"]),
+    ],
+)
+def test_extras_are_those_that_a_run_needs(
+    project: Path, tmp_path: Path, text: str, forward: list[str], needed: list[str]
+) -> None:
+    given = yaml.safe_load(text) or {}
+    if "kind" not in given:
+        given = yaml.safe_load((project / "specs" / "run.yaml").read_text()) | given
+    given.setdefault("output", "../out")
+    path = project / "specs" / "other.yaml"
+    path.write_text(yaml.safe_dump(given))
+    (constraints := tmp_path / "constraints.txt").write_text("ray==2.60.0\n")
+    (folder := tmp_path / "folder").mkdir()
+    requirement = pack(prepare(path), folder, make_wheel(tmp_path), constraints, forward)[-1]
+    assert requirement.partition(".whl")[2] == (f"[{','.join(needed)}]" if needed else "")
+
+
+def test_every_kind_of_training_needs_the_extra() -> None:
+    for path in sorted((ROOT / "pipelines").glob("*.yaml")):
+        spec = load_spec(path)
+        assert ("train" in extras(spec)) == (spec.kind == "bootstrap" or isinstance(spec, TrainSpec)), path
 
 
 def test_variables_are_forwarded_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
