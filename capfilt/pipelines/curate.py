@@ -168,7 +168,7 @@ def curate(
                         driver.run(execute or on_ray, load)
                     if spec.duplicates is not None and not dataset.settled:
                         driver.settle(execute or on_ray, load)
-                    thin(dataset, spec.retention)
+                    thin(dataset, spec.retention, run, summary.shards > 0, tell)
                     discard(spec.output, spec.output_options, dataset.closed_runs())
             _compared(dataset, plan, summary)
             summary.outcome = "done"
