@@ -6,13 +6,14 @@ import datetime
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from capfilt.plan import Plan, Stage
 from capfilt.receipts import Receipt
 from capfilt.records import RunRecord
 
 NEWEST = 50
-"""Runs on record that are looked through for their pace."""
+"""Runs on record that are looked through for their pace, of those that did anything."""
 
 
 @dataclass
@@ -102,12 +103,14 @@ def costs(plan: Plan, paces: Mapping[Stage, tuple[str, Pace]]) -> list[Cost]:
 def last_paces(records: Iterable[RunRecord]) -> dict[Stage, tuple[str, Pace]]:
     """By stage, the first of the runs, which are to be the newest first, that did anything there, and its pace."""
     found: dict[Stage, tuple[str, Pace]] = {}
-    for record in records:
+    for record in islice((one for one in records if one.details.get("stages")), NEWEST):
         try:
-            paces = {Stage(name): Pace(**own) for name, own in record.details.get("stages", {}).items()}
+            paces = {Stage(name): Pace(**own) for name, own in record.details["stages"].items()}
         except (ValueError, TypeError, AttributeError):  # another version's: tells nothing
             continue
         for stage, pace in paces.items():
             if pace.rate is not None:
                 found.setdefault(stage, (record.run, pace))
+        if len(found) == len(Stage):
+            break
     return found

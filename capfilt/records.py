@@ -2,7 +2,8 @@
 
 `run.json` holds the resolved spec, fingerprints, versions of packages, host, process and start, and why shards were to
 be curated. `summary.json` holds counts, reasons, seconds by stage, device-seconds, failures, versions of the tables,
-outcome and end. A run that died has the first only. A run that found nothing to do leaves neither.
+outcome and end. A run that died has the first only; one that ended before it began has both, the second
+without versions (capfilt.pipelines.unbegun). A run that found nothing to do leaves neither.
 """
 
 from __future__ import annotations
