@@ -85,11 +85,8 @@ class Holder(BaseModel):
     def lives(self) -> bool | None:
         """Whether the run lives, as far as can be told from here at once. None: watch its beats."""
         machine, boot, space = _place()
-        if not (self.boot and boot and self.machine == machine):
-            return None
-        if self.boot != boot:
-            return False if self.machine.rpartition("/")[2] else None  # host names alone repeat
-        if self.space != space:
+        # Another start may be another machine's, though names and ids agree: those of clones of one image do.
+        if not boot or (self.machine, self.boot, self.space) != (machine, boot, space):
             return None
         if _born(self.pid) != self.born:
             return False

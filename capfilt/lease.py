@@ -7,9 +7,8 @@ beat it writes the file anew, with a higher count; at its end it marks it as end
 whether that run lives, and compares no clocks of two machines for it:
 
 - On the same machine, since the same start: its process is there and it has had a beat of late, or the process is gone.
-- Of the same machine before it was started anew: it is gone.
-- Else one watches. A beat within the holder's own limit is life; none is death, or a process so stopped or cut off that
-  it must give way.
+- Else, be it that the machine was started anew, one watches. A beat within the holder's own limit is life; none is
+  death, or a process so stopped or cut off that it must give way.
 
 A holder that gives way learns of it by a higher number, and stops. That nothing is lost or doubled does not rest on the
 lease: a run that takes over from one which may yet wake begins with an empty commit, after which the other's commits
