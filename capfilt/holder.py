@@ -126,11 +126,15 @@ def standing(output: str, options: Mapping[str, Any]) -> Standing:
 
 
 class Files:
-    """The numbered files of an output."""
+    """The numbered files of an output.
 
-    def __init__(self, output: str, options: Mapping[str, Any]) -> None:
+    Args:
+        at: what follows the output in the name of their folder.
+    """
+
+    def __init__(self, output: str, options: Mapping[str, Any], at: str = f"/{FOLDER}") -> None:
         self._fs, root = connect(output.rstrip("/"), options)
-        self._folder = f"{root}/{FOLDER}"
+        self._folder = f"{root}{at}"
         self._local = is_local(self._fs)
 
     def _name(self, number: int) -> str:
@@ -202,6 +206,13 @@ class Files:
     def remove(self, number: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             persist(lambda: self._fs.rm_file(self._name(number)))
+
+    def remove_all_up_to(self, number: int) -> None:
+        """Remove a number and those before it, and the folder, if nobody has put another there."""
+        self.clear_before(number + 1)
+        if self._local:
+            with contextlib.suppress(OSError):
+                Path(self._folder).rmdir()
 
     def clear_before(self, number: int) -> None:
         """Remove lower numbers; what remains does no harm."""
