@@ -36,7 +36,7 @@ import re
 import time
 import uuid
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -70,6 +70,7 @@ _CLOSED = "closed"
 _RESERVED = {"quarantine", "receipts", "lease", "withdrawn", _CLOSED}  # folders of _runs/ that are no run's
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 _FILE_NAME = re.compile(r"(?P<start>\d+)-(?P<stop>\d+)-(?P<run>.+)-[^-]+\.parquet")
+_RUNS_AT_ONCE = 32
 _FOREVER = "interval 36500 days"
 
 
@@ -303,8 +304,17 @@ class CuratedDataset:
     def runs(self, last: int | None = None) -> list[RunRecord]:
         """What runs left on record, the newest first; all if `last` is None."""
         fs, root = self._filesystem()
-        names = sorted(self._names("_runs") - _RESERVED, reverse=True)
-        return read_records(self.output, self.options, fs, root, names[:last])
+        return read_records(self.output, self.options, fs, root, self._run_names()[:last])
+
+    def each_run(self) -> Iterator[RunRecord]:
+        """As :meth:`runs`, some at a time, as they are asked for."""
+        fs, root = self._filesystem()
+        names = self._run_names()
+        for start in range(0, len(names), _RUNS_AT_ONCE):
+            yield from read_records(self.output, self.options, fs, root, names[start : start + _RUNS_AT_ONCE])
+
+    def _run_names(self) -> list[str]:
+        return sorted(self._names("_runs") - _RESERVED, reverse=True)
 
     def record(self, run: str) -> RunRecord:
         """What one run left on record; one without details if nothing."""

@@ -85,11 +85,8 @@ class Holder(BaseModel):
     def lives(self) -> bool | None:
         """Whether the run lives, as far as can be told from here at once. None: watch its beats."""
         machine, boot, space = _place()
-        if not (self.boot and boot and self.machine == machine):
-            return None
-        if self.boot != boot:
-            return False if self.machine.rpartition("/")[2] else None  # host names alone repeat
-        if self.space != space:
+        # Another start may be another machine's, though names and ids agree: those of clones of one image do.
+        if not boot or (self.machine, self.boot, self.space) != (machine, boot, space):
             return None
         if _born(self.pid) != self.born:
             return False
@@ -129,11 +126,15 @@ def standing(output: str, options: Mapping[str, Any]) -> Standing:
 
 
 class Files:
-    """The numbered files of an output."""
+    """The numbered files of an output.
 
-    def __init__(self, output: str, options: Mapping[str, Any]) -> None:
+    Args:
+        at: what follows the output in the name of their folder.
+    """
+
+    def __init__(self, output: str, options: Mapping[str, Any], at: str = f"/{FOLDER}") -> None:
         self._fs, root = connect(output.rstrip("/"), options)
-        self._folder = f"{root}/{FOLDER}"
+        self._folder = f"{root}{at}"
         self._local = is_local(self._fs)
 
     def _name(self, number: int) -> str:
@@ -205,6 +206,13 @@ class Files:
     def remove(self, number: int) -> None:
         with contextlib.suppress(FileNotFoundError):
             persist(lambda: self._fs.rm_file(self._name(number)))
+
+    def remove_all_up_to(self, number: int) -> None:
+        """Remove a number and those before it, and the folder, if nobody has put another there."""
+        self.clear_before(number + 1)
+        if self._local:
+            with contextlib.suppress(OSError):
+                Path(self._folder).rmdir()
 
     def clear_before(self, number: int) -> None:
         """Remove lower numbers; what remains does no harm."""

@@ -7,9 +7,8 @@ beat it writes the file anew, with a higher count; at its end it marks it as end
 whether that run lives, and compares no clocks of two machines for it:
 
 - On the same machine, since the same start: its process is there and it has had a beat of late, or the process is gone.
-- Of the same machine before it was started anew: it is gone.
-- Else one watches. A beat within the holder's own limit is life; none is death, or a process so stopped or cut off that
-  it must give way.
+- Else, be it that the machine was started anew, one watches. A beat within the holder's own limit is life; none is
+  death, or a process so stopped or cut off that it must give way.
 
 A holder that gives way learns of it by a higher number, and stops. That nothing is lost or doubled does not rest on the
 lease: a run that takes over from one which may yet wake begins with an empty commit, after which the other's commits
@@ -44,6 +43,7 @@ class Lease:
         seconds: without a beat, after which others may take it.
         say: told in a line what is waited for.
         on_loss: called, in another thread, once when another run has taken it.
+        at: where its files lie: what follows the output in their folder's name.
 
     Attributes:
         contended: whether another run held the lease between `look` and entry, so that what was read may be old.
@@ -58,10 +58,11 @@ class Lease:
         seconds: float = 60,
         say: Callable[[str], None] = lambda _: None,
         on_loss: Callable[[], None] = lambda: None,
+        at: str = f"/{FOLDER}",
     ) -> None:
-        self._files = Files(output, options)
+        self._files = Files(output, options, at)
         self._output, self._run, self._say, self._on_loss = output, run, say, on_loss
-        self._unwritable = f"{output}/{FOLDER}: cannot be written"
+        self._place = f"{output}{at}"
         self._limit = seconds
         self._looked: Standing | None = None
         self._given_up: Standing | None = None  # watched for its limit, in vain
@@ -144,7 +145,7 @@ class Lease:
 
     def _take(self, number: int) -> bool:
         me = Holder.here(self._run, self._limit)
-        with blamed(self._unwritable):
+        with blamed(f"{self._place}: cannot be written"):
             created = self._files.create(number, me.model_dump_json().encode(), me.token)
         if not created:
             return False
@@ -163,7 +164,7 @@ class Lease:
             StoreError: this run has had no beat for its limit, and the store does not answer, or takes none.
         """
         if not self._lost and time.monotonic() - self._last_beat >= self._limit:  # it was stopped, or cut off
-            with blamed(self._unwritable):
+            with blamed(f"{self._place}: cannot be written"):
                 self._beat()
         if self._lost:
             raise self._lost
@@ -196,7 +197,9 @@ class Lease:
 
     def _lose(self, holder: Holder | None) -> None:
         silent = time.monotonic() - self._last_beat
-        who = f"taken over by {holder}" if holder else f"no longer leased to this run: {FOLDER} was changed by hand"
+        who = (
+            f"taken over by {holder}" if holder else f"no longer leased to this run: {self._place} was changed by hand"
+        )
         self._lost = LeaseLostError(
             f"{self._output}: {who}. This run gave no sign of life for {silent:,.0f} s (was it stopped, or cut off "
             "from the store?) and stops; what it committed stays, nothing is lost"
@@ -228,3 +231,16 @@ class Lease:
             last = self._me.once_more()
             last = last.model_copy(update={"ended": last.seen})
             self._files.write(self._number, last.model_dump_json().encode())
+
+    def forget(self) -> None:
+        """Remove the files of a lease that no one holds; what cannot be removed does no harm.
+
+        Only where whoever comes next sees by itself that all is done: one who looked before may take the next number,
+        while another begins with the first.
+        """
+        try:
+            now = self._files.newest()
+            if now.number and (now.free or (now.holder and now.holder.lives() is False)):
+                self._files.remove_all_up_to(now.number)
+        except Exception as trouble:  # noqa: BLE001 - every store raises its own
+            event("lease_not_removed", logging.WARNING, run=self._run, error=one_line(trouble))

@@ -6,6 +6,7 @@ import datetime
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import islice
 
 from capfilt.plan import Plan, Stage
 from capfilt.receipts import Receipt
@@ -13,7 +14,7 @@ from capfilt.records import RunRecord
 from capfilt.terminal import counted
 
 NEWEST = 50
-"""Runs on record that are looked through for their pace."""
+"""Runs on record that are looked through for their pace, of those that did anything."""
 
 _STEADY_SECONDS = 5.0
 """Of work after a stage's first fragment, from which on its pace says how long more of it takes."""
@@ -122,12 +123,14 @@ def last_paces(records: Iterable[RunRecord]) -> dict[Stage, tuple[str, Pace]]:
     Where none was, the first that did anything there.
     """
     found: dict[Stage, tuple[str, Pace]] = {}
-    for record in records:
+    for record in islice((one for one in records if one.details.get("stages")), NEWEST):
         try:
-            paces = {Stage(name): Pace(**own) for name, own in record.details.get("stages", {}).items()}
+            paces = {Stage(name): Pace(**own) for name, own in record.details["stages"].items()}
         except (ValueError, TypeError, AttributeError):  # another version's: tells nothing
             continue
         for stage, pace in paces.items():
             if pace.rate is not None and (stage not in found or (pace.steady and not found[stage][1].steady)):
                 found[stage] = record.run, pace
+        if len(found) == len(Stage) and all(pace.steady for _, pace in found.values()):
+            break
     return found

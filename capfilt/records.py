@@ -2,7 +2,8 @@
 
 `run.json` holds the resolved spec, fingerprints, versions of packages, host, process and start, and why shards were to
 be curated. `summary.json` holds counts, reasons, seconds by stage, device-seconds, failures, versions of the tables,
-outcome and end. A run that died has the first only. A run that found nothing to do leaves neither.
+outcome and end. A run that died has the first only; one that ended before it began has both, the second
+without versions (capfilt.pipelines.unbegun). A run that found nothing to do leaves neither.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from pydantic import ValidationError
 
 from capfilt.holder import standing
 from capfilt.spec import CurateSpec
-from capfilt.stores import blamed
+from capfilt.stores import blamed, persist
 
 RUN, SUMMARY = "run.json", "summary.json"
+DONE = "done"
 RUNNING, DIED, INTERRUPTED = "running", "no end recorded", "interrupted"
 
 _THREADS = 16
@@ -36,6 +38,7 @@ class RunRecord:
         shards, rows, kept, dropped, errors: of the shards that the run committed.
         device_seconds: see capfilt.throughput.Throughput.device_seconds.
         details: all that its files hold.
+        torn: whether its summary is there and cannot be read: what the run did and left is not known.
     """
 
     run: str
@@ -51,6 +54,7 @@ class RunRecord:
     errors: int = 0
     device_seconds: Mapping[str, float] = field(default_factory=dict)
     details: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    torn: bool = False
 
     @property
     def images_per_second(self) -> float | None:
@@ -111,7 +115,10 @@ def read_records(output: str, options: Mapping[str, Any], fs: Any, root: str, ru
 
 
 def _record(run: str, fs: Any, folder: str, alive: str | None) -> RunRecord:
-    begun, summary = _read(fs, f"{folder}/{RUN}"), _read(fs, f"{folder}/{SUMMARY}")
+    begun, summary = _read(fs, f"{folder}/{RUN}") or {}, _read(fs, f"{folder}/{SUMMARY}")
+    torn = summary is not None and "outcome" not in summary
+    if summary is None or torn:
+        summary = {}
     counts = {name: int(summary.get("counts", {}).get(name, 0)) for name in ("kept", "dropped", "errors")}
     return RunRecord(
         run=run,
@@ -124,14 +131,23 @@ def _record(run: str, fs: Any, folder: str, alive: str | None) -> RunRecord:
         rows=sum(counts.values()),
         device_seconds=summary.get("device_seconds", {}),
         details={**begun, **summary},
+        torn=torn,
         **counts,
     )
 
 
-def _read(fs: Any, path: str) -> dict[str, Any]:
-    """What a file holds; nothing where it is not there or was cut short by its writer's death."""
+def _read(fs: Any, path: str) -> dict[str, Any] | None:
+    """What a file holds; None where it is not there, nothing where it is no JSON object: its writer was killed.
+
+    Raises:
+        Exception: the store's own, where it keeps failing.
+    """
     try:
-        content = json.loads(fs.cat_file(path))
-    except (FileNotFoundError, ValueError):
+        text = persist(lambda: fs.cat_file(path))
+    except FileNotFoundError:
+        return None
+    try:
+        content = json.loads(text)
+    except ValueError:
         return {}
     return content if isinstance(content, dict) else {}

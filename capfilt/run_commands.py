@@ -66,7 +66,7 @@ def plan(spec: SpecFile, overrides: Overrides = None) -> None:
     """
     from capfilt.dataset import CuratedDataset
     from capfilt.fingerprints import run_fingerprints
-    from capfilt.pace import NEWEST, costs, last_paces
+    from capfilt.pace import costs, last_paces
     from capfilt.plan import plan_run
 
     if isinstance(loaded := load_spec(spec, overrides or ()), IngestSpec):
@@ -80,7 +80,7 @@ def plan(spec: SpecFile, overrides: Overrides = None) -> None:
     for why, count in work.reasons.items():
         size = sum(file.size for file, reason in work.todo if reason is why)
         say(f"curate {counted(count, 'shard')}{f' ({size:,} bytes)' if size else ''}: {why}")
-    records = CuratedDataset(loaded.output, loaded.output_options).runs(NEWEST)
+    records = CuratedDataset(loaded.output, loaded.output_options).each_run()
     for cost in costs(work, last_paces(records)):
         say(str(cost))
     if hits := work.withdrawals.hits:

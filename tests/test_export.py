@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,12 +33,14 @@ from typer.testing import CliRunner
 
 from capfilt.cli import app
 from capfilt.dataset import CuratedDataset
-from capfilt.errors import DatasetError, InputError, SpecError
+from capfilt.errors import DatasetError, InputError, LeaseHeldError, LeaseLostError, SpecError
 from capfilt.export import driver
 from capfilt.export.card import _way
 from capfilt.export.choice import Caption, Choice, draw
 from capfilt.export.driver import ExportSummary, export
+from capfilt.export.folder import LEASE, Folder
 from capfilt.export.shards import RowGroup, Shard, cut
+from capfilt.lease import Lease
 from capfilt.pipelines.curate import curate, in_process
 from capfilt.spec import (
     CaptionerCard,
@@ -466,6 +469,71 @@ def test_another_export_does_not_take_up_what_one_left(make: MakeExport, monkeyp
     assert not list(Path(spec.output).glob("*.tar"))
 
 
+# --- two at once ---
+
+
+def test_an_output_that_another_export_writes_is_left_alone(make: MakeExport, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(spec)
+    half = content(f"{spec.output}.incomplete")
+    assert half
+    with Lease(spec.output, {}, "other", 600, at=LEASE):
+        for form in ("webdataset", "parquet"):
+            with pytest.raises(LeaseHeldError, match=r"/out: held by run other on .* Nothing was done"):
+                run(make(form))
+    assert content(f"{spec.output}.incomplete") == half
+    assert not run(spec).nothing  # the lease was given back
+    with Lease(spec.output, {}, "other", 600, at=LEASE):
+        assert run(spec).nothing  # which asks for none
+
+
+def test_of_exports_to_one_output_at_once_one_is_made_whole(make: MakeExport, tmp_path: Path) -> None:
+    wholes = {form: make(form, output=str(tmp_path / form)) for form in ("webdataset", "parquet", "mds")}
+    for spec in wholes.values():
+        run(spec)
+    for number in range(3):
+        specs = {form: make(form, output=str(tmp_path / "at-once" / str(number))) for form in wholes}
+        gate, ended = threading.Barrier(len(specs)), dict[str, Any]()
+
+        def race(form: str, spec: ExportSpec, gate: Any = gate, ended: dict[str, Any] = ended) -> None:
+            gate.wait()
+            try:
+                ended[form] = run(spec)
+            except DatasetError as error:
+                ended[form] = error
+
+        threads = [threading.Thread(target=race, args=pair) for pair in specs.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (winner,) = [form for form, outcome in ended.items() if isinstance(outcome, ExportSummary)]
+        assert content(specs[winner].output) == content(wholes[winner].output)
+        others = [str(outcome) for form, outcome in ended.items() if form != winner]
+        assert all("held by run export on" in one or "holds another export" in one for one in others)
+        assert os.listdir(tmp_path / "at-once").count(str(number)) == 1
+    assert sorted(os.listdir(tmp_path / "at-once")) == ["0", "1", "2"]  # no lease, nothing incomplete
+
+
+def test_an_export_that_was_taken_over_gives_no_file_its_name(tmp_path: Path) -> None:
+    def taken() -> None:
+        raise LeaseLostError("taken over")
+
+    mine, output = Folder(str(tmp_path / "out"), {}, taken), tmp_path / "out"
+    Folder(str(output), {}).put("00000.tar", b"another's")
+    for act in (
+        lambda: mine.put("00000.tar", b"mine"),
+        lambda: mine.publish({"files": [], "asked": {"format": "mds"}}),
+    ):
+        with pytest.raises(LeaseLostError):
+            act()
+    assert content(f"{output}.incomplete") == {"00000.tar": b"another's"}
+    assert not output.exists()
+
+
 def test_what_is_there_is_not_overwritten(make: MakeExport, tmp_path: Path) -> None:
     spec = make()
     Path(spec.output).mkdir()
@@ -627,6 +695,7 @@ def check_store(bucket: MemoryFileSystem, spec: ExportSpec) -> None:
     if spec.format == "authors":
         assert len(bucket.glob("/bucket/export/images/00*/*")) == manifest["asked"]["rows"]
     assert not bucket.find("/bucket/export.incomplete")
+    assert not bucket.find(f"/bucket/export{LEASE}")
     assert run(spec).nothing
 
 
@@ -639,8 +708,14 @@ def test_an_export_to_a_store_that_breaks_off_while_it_is_put_in_place(
     spec = make(form, output="memory://bucket/export")
     break_off(spec, monkeypatch, moves=3)
     assert len(bucket.find("/bucket/export")) == 3
+    real = MemoryFileSystem._open
+
+    def but_the_lease(fs: MemoryFileSystem, path: str, *given: Any, **more: Any) -> Any:
+        assert path.startswith(f"/bucket/export{LEASE}/"), "it is written again"
+        return real(fs, path, *given, **more)
+
     with monkeypatch.context() as patch:
-        patch.setattr(MemoryFileSystem, "_open", None)  # nothing is written again
+        patch.setattr(MemoryFileSystem, "_open", but_the_lease)
         run(spec)
     check_store(bucket, spec)
 

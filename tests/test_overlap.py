@@ -179,8 +179,9 @@ def test_the_command_says_who_holds_the_output_and_exits_with_4(spec: CurateSpec
                 assert done.stderr.startswith(f"capfilt: {spec.output}: held by run first on ")
                 assert len(done.stderr.splitlines()) == 1
             elif form == "json":
-                held, failed = map(json.loads, done.stderr.splitlines())
+                held, ended, failed = map(json.loads, done.stderr.splitlines())
                 assert (held["event"], held["holder"], held["pid"]) == ("lease_held", "first", os.getpid())
+                assert (ended["event"], ended["level"]) == ("run_ended", "warning")
                 assert (failed["event"], failed["error"], failed["exit_code"]) == ("failed", "LeaseHeldError", 4)
             else:
                 assert done.stderr == "capfilt: CAPFILT_LOG_FORMAT=xml: write text or json\n"

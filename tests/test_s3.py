@@ -33,7 +33,7 @@ from capfilt.pipelines.curate import Execute, Summary, curate, in_process
 from capfilt.pipelines.worker import Job, LoadModels
 from capfilt.receipts import Receipt
 from capfilt.schema import ANNOTATIONS, PAIRS, SHARD
-from capfilt.spec import CurateSpec, Input
+from capfilt.spec import CurateSpec, Input, Retention, Thresholds
 from capfilt.stores import REQUESTS
 from capfilt.writer import ParquetWriter
 
@@ -160,6 +160,25 @@ def test_every_kind_of_fault_once(spec: CurateSpec, s3: S3, undisturbed: dict[st
     assert summary.failures == {}
     assert (summary.outcome, summary.shards) == ("done", 3)
     assert_whole(spec, s3, undisturbed)
+
+
+def test_records_that_break_off_are_read_again(spec: CurateSpec, s3: S3) -> None:
+    """s3fs passes on what breaks off in a body; a run that has committed all would fail as it lets old versions go."""
+
+    def rethreshold(web: float) -> CurateSpec:
+        return spec.model_copy(update={"thresholds": Thresholds(web=web), "retention": Retention(versions=2)})
+
+    left = [run(rethreshold(web)).versions["annotations"] for web in (0.2, 0.4)]
+    with s3.faulty(Struck(Fault.DOWNLOAD_RESET, r"GET .*_runs/20.*summary\.json", 2)):
+        left.append(run(rethreshold(0.6)).versions["annotations"])
+    assert len(s3.injected) == 2
+    with s3.faulty(Struck(Fault.TRUNCATED, r"GET .*_runs/20.*/(run|summary)\.json", 2)):
+        dataset = CuratedDataset.for_reading(spec.output, spec.output_options)
+        assert [record.version for record in dataset.runs()] == left[::-1]
+    assert len(s3.injected) == 4
+    assert [dataset.annotations(version).to_table().num_rows for version in left[1:]] == [90, 90]
+    with pytest.raises(FileNotFoundError):
+        dataset.annotations(left[0]).to_table()
 
 
 # --- a commit whose answer is lost ---

@@ -9,8 +9,8 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 from rich.console import Console
 
@@ -19,13 +19,14 @@ from capfilt.errors import DatasetError
 from capfilt.export.authors import Authors
 from capfilt.export.card import card
 from capfilt.export.choice import Choice
-from capfilt.export.folder import MANIFEST, PROGRESS, FileRecord, Folder
+from capfilt.export.folder import LEASE, MANIFEST, PROGRESS, FileRecord, Folder
 from capfilt.export.litdata import LitData
 from capfilt.export.manifest import Written, asked, files, refuse_another, totals
 from capfilt.export.mds import Mds
 from capfilt.export.parquet import Parquet
 from capfilt.export.shards import Example, Shard, cut, in_order, read_examples, row_groups
 from capfilt.export.webdataset import WebDataset
+from capfilt.lease import Lease
 from capfilt.spec import ExportSpec
 from capfilt.terminal import counted, say
 
@@ -78,19 +79,36 @@ def export(spec: ExportSpec, console: Console | None = None) -> ExportSummary:
     """Write one version of a dataset; again, it resumes, or finds that all is there.
 
     Raises:
+        ConflictError: another export writes to the output, or took it over.
         DatasetError: there is no such dataset or version, or it has no rows; the output holds something else; or files
             that an earlier try wrote are gone.
         InputError: a file of the dataset cannot be read.
         SpecError: the format needs a package that is not installed.
         StoreError: the output cannot be written.
     """
-    begin = time.monotonic()
-    dataset, shards, wanted = _planned(spec)
-    folder = Folder(spec.output, spec.output_options)
-    if (there := folder.complete()) is not None:
-        refuse_another(there, wanted, spec.output)
-        folder.settle()
-        return _summary(there, spec.output, nothing=True)
+    begin, console = time.monotonic(), console or Console(stderr=True)
+    planned, at = _planned(spec), (spec.output.rstrip("/"), spec.output_options)
+    lease = Lease(*at, "export", say=lambda line: say(f"capfilt: {line}", console), at=LEASE)
+    if (summary := _done(spec, planned, Folder(*at))) is None:
+        with lease:
+            folder = Folder(*at, lease.check)
+            summary = _done(spec, planned, folder) or _export(spec, planned, folder, console)  # or another's, by now
+        summary = replace(summary, elapsed=time.monotonic() - begin)
+    lease.forget()
+    return summary
+
+
+def _done(spec: ExportSpec, planned: _Planned, folder: Folder) -> ExportSummary | None:
+    """A summary, if the output holds this export."""
+    if (there := folder.complete()) is None:
+        return None
+    refuse_another(there, planned.wanted, spec.output)
+    folder.settle()
+    return _summary(there, spec.output, nothing=True)
+
+
+def _export(spec: ExportSpec, planned: _Planned, folder: Folder, console: Console) -> ExportSummary:
+    dataset, shards, wanted = planned
     manifest = folder.read(MANIFEST)
     resumed = 0
     if manifest is not None and (manifest["asked"] != wanted or folder.lacking(manifest)):
@@ -98,10 +116,10 @@ def export(spec: ExportSpec, console: Console | None = None) -> ExportSummary:
         folder.discard()
         manifest = None
     if manifest is None:
-        written, resumed = _write(spec, shards, wanted, folder, console or Console(stderr=True))
+        written, resumed = _write(spec, shards, wanted, folder, console)
         manifest = _put_on_record(spec, dataset, wanted, written, folder)
     folder.publish(manifest)
-    return _summary(manifest, spec.output, resumed=resumed, elapsed=time.monotonic() - begin)
+    return _summary(manifest, spec.output, resumed=resumed)
 
 
 def look(spec: ExportSpec) -> Iterator[str]:
@@ -121,14 +139,21 @@ def look(spec: ExportSpec) -> Iterator[str]:
     )
 
 
-def _planned(spec: ExportSpec) -> tuple[CuratedDataset, list[Shard], dict[str, Any]]:
+class _Planned(NamedTuple):
     """The dataset as of the version, what it is cut into, and what determines the export."""
+
+    dataset: CuratedDataset
+    shards: list[Shard]
+    wanted: dict[str, Any]
+
+
+def _planned(spec: ExportSpec) -> _Planned:
     dataset = CuratedDataset.for_reading(spec.dataset, spec.storage_options)
     number, groups = row_groups(dataset, spec.version, spec.storage_options)
     shards = cut(groups, spec.shard_bytes, spec.shard_rows)
     if not shards:
         raise DatasetError(f"{spec.dataset}: version {number} of its pairs has no rows; there is nothing to export")
-    return dataset.as_of(number), shards, asked(spec, number, shards)
+    return _Planned(dataset.as_of(number), shards, asked(spec, number, shards))
 
 
 def _summary(manifest: dict[str, Any], output: str, **more: Any) -> ExportSummary:

@@ -2,6 +2,7 @@
 
     <output>.incomplete/    while it is written: its files, `_export/` with what is done, at last manifest.json
     <output>/               the same once all is done, without `_export/`
+    <output>.lease/         which export writes there, and whether it lives (capfilt.lease); gone once all is done
 
 A local directory is renamed, in one step. An object store has no renaming: its files are moved one by one there,
 manifest.json as the last, so that a directory without one is not complete. Either way the next try finds what is left.
@@ -15,7 +16,7 @@ import json
 import posixpath
 import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ IMAGES = "images"
 """Of the authors' format, whose image files are not among the manifest's: one a row, in a folder a shard."""
 
 _IMAGE = re.compile(rf"{IMAGES}/\d{{5,}}/\d{{9,}}\.\w+")
+LEASE = ".lease"
 _SUFFIX = ".incomplete"
 _PART = ".part"
 _PART_BYTES = 16 * 2**20
@@ -90,9 +92,11 @@ class Folder:
     Args:
         output: where it will lie once complete.
         options: fsspec's storage options.
+        check: called before a file gets its name; raises where another export has taken the output over.
     """
 
-    def __init__(self, output: str, options: Mapping[str, Any]) -> None:
+    def __init__(self, output: str, options: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> None:
+        self._check = check
         self.output = output.rstrip("/")
         self._fs, self._final = connect(self.output, options, auto_mkdir=True)
         self._final = self._final.rstrip("/")
@@ -116,6 +120,7 @@ class Folder:
             file = part.open("wb") if self._local else self._fs.open(name, "wb", block_size=_PART_BYTES)
         try:
             yield Sink(file, what)
+            self._check()
             with blamed(what):
                 file.close()  # an object store shows nothing of it before
                 if self._local:
@@ -199,6 +204,7 @@ class Folder:
                 f"{self.output}{_SUFFIX}: {lost} was written and is gone, or has another size; what removed it? Run "
                 "again to write it all anew"
             )
+        self._check()
         self._discard(f"{self._stage}/{PROGRESS}")
         with blamed(f"{self.output}: cannot be put in its place"):
             if self._local:
@@ -226,6 +232,7 @@ class Folder:
 
     def _move(self, name: str) -> None:
         target = self._final + name.removeprefix(self._stage)
+        self._check()
 
         def move() -> None:
             with contextlib.suppress(FileNotFoundError):  # moved by a try whose answer was lost

@@ -16,7 +16,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -42,6 +42,7 @@ from capfilt.pipelines.redecide import Redecision, redecide, redecisions
 from capfilt.pipelines.session import connected, connecting, lacking, quiet, surroundings
 from capfilt.pipelines.settle import look_for_copies, unsettled
 from capfilt.pipelines.telemetry import telemetry
+from capfilt.pipelines.unbegun import until_begun
 from capfilt.pipelines.watching import EventLog, Watcher, Watchers
 from capfilt.pipelines.withdraw import withdrawn_from
 from capfilt.plan import Plan, Stage, Why, plan_run, why_stale
@@ -140,25 +141,28 @@ def curate(
     run = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S%f}-{uuid.uuid4().hex[:8]}"
     console = console or Console(stderr=True)
     lease = _lease(spec, run, console)
-    lease.look()
-    fingerprints = run_fingerprints(spec)
-    # Planned before anything is made: a mistyped input leaves nothing behind.
-    plan = plan_run(spec, fingerprints)
-    if load is load_models:
-        for captioner in spec.captioners if plan.at(Stage.CAPTION) else ():
-            inspect(captioner)
-        for filter_ in spec.filters if plan.models else ():
-            inspect(filter_)
-        if plan.models and spec.keep_out and (classifier := spec.keep_out.classifier):
-            inspect_classifier(classifier)
-    left = bool(plan.todo) or unsettled(spec) or unfinished(spec.output, spec.output_options)
-    work = left or _versions_go(spec)
-    with lease if work else nullcontext():
-        if lease.contended:
+    with ExitStack() as held:
+        with until_begun(spec, run):
+            lease.look()
+            fingerprints = run_fingerprints(spec)
+            # Planned before anything is made: a mistyped input makes no dataset.
             plan = plan_run(spec, fingerprints)
-        dataset = CuratedDataset.for_writing(spec.output, spec.output_options)
-        if lease.unsure:
-            dataset.commit([])  # whoever had the lease, and may yet wake, can commit no more
+            if load is load_models:
+                for captioner in spec.captioners if plan.at(Stage.CAPTION) else ():
+                    inspect(captioner)
+                for filter_ in spec.filters if plan.models else ():
+                    inspect(filter_)
+                if plan.models and spec.keep_out and (classifier := spec.keep_out.classifier):
+                    inspect_classifier(classifier)
+            left = bool(plan.todo) or unsettled(spec) or unfinished(spec.output, spec.output_options)
+            work = left or _versions_go(spec)
+            if work:
+                held.enter_context(lease)
+            if lease.contended:
+                plan = plan_run(spec, fingerprints)
+            dataset = CuratedDataset.for_writing(spec.output, spec.output_options)
+            if lease.unsure:
+                dataset.commit([])  # whoever had the lease, and may yet wake, can commit no more
         summary = Summary(run, spec.output, fingerprints, skipped=len(plan.done), gone=len(plan.gone))
         try:
             if work:
@@ -174,7 +178,7 @@ def curate(
                         driver.run(execute, load)
                     if spec.duplicates is not None and not dataset.settled:
                         driver.settle(execute, load)
-                    thin(dataset, spec.retention)
+                    thin(dataset, spec.retention, run, summary.shards > 0, tell)
                     discard(spec.output, spec.output_options, dataset.closed_runs())
             _compared(dataset, plan, summary)
             summary.outcome = "done"

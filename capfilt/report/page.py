@@ -74,7 +74,7 @@ class Page:
         rows: of the gallery, as capfilt.report.gallery.choose_rows returns them.
         pictures: of these rows, data URLs or why there is none.
         gallery_bytes: that the gallery may take.
-        runs: on record, the newest first.
+        runs: the newest on record that say how long their stages took, the newest first.
     """
 
     dataset: str
@@ -153,7 +153,7 @@ class Page:
             },
             "judged": {source: asdict(own) for source, own in self.judged.items()},
             "before": None if self.before is None else _before(self.before),
-            "runs": [_run(record) for record in self.runs if record.details.get("seconds")],
+            "runs": [_run(record) for record in self.runs],
         }
 
     def _origins(self) -> list[str]:

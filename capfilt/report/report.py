@@ -118,7 +118,7 @@ def make_report(
         rows=rows,
         pictures=Pictures(dataset, number, now.rule.spec, options, budget).find(rows),
         gallery_bytes=limits.gallery_bytes,
-        runs=[record for record in records.values() if (record.version or 0) <= number][:RUNS],
+        runs=[one for one in records.values() if one.details.get("seconds") and (one.version or 0) <= number][:RUNS],
         made=datetime.now(UTC),
     )
     return Report(

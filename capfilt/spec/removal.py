@@ -26,7 +26,7 @@ class Withdrawn(Model):
 class Retention(Model):
     """Which old versions a run leaves readable when it ends; without it, all. A version that either field names stays.
 
-    A version here is what a run left behind; those that it made on its way to there go.
+    A version here is what a run left behind that committed something; those that it made on its way to there go.
     """
 
     versions: int | None = Field(default=None, ge=1, description="The newest so many, the run's own included.")
