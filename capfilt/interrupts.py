@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +25,9 @@ _STOPPING = (signal.SIGINT, signal.SIGTERM)
 
 _AGAIN_SECONDS = 0.5
 """In which one order may come twice: to the process, and to its group (`timeout`, and what passes signals on)."""
+
+_ONCE_MORE_SECONDS = 0.1
+"""After which an interruption is raised again that came where nothing can be raised."""
 
 _END = b"\0"  # no signal's number
 
@@ -42,12 +46,33 @@ class _Stop:
     def __init__(self, *, once: bool = False) -> None:
         self.once, self.ours = once, False
         self._raised = False
+        self._number = signal.SIGTERM
 
     def __call__(self, number: int, _: Any) -> None:
         if self.once and self._raised:
             return
-        self._raised = True
-        raise KeyboardInterrupt(signal.Signals(number).name)
+        self._raised, self._number = True, signal.Signals(number)
+        raise KeyboardInterrupt(self._number.name)
+
+    @contextmanager
+    def never_lost(self) -> Iterator[None]:
+        """Raise again what was raised in a callback of the garbage collector's or in a `__del__`: Python drops it."""
+        before = sys.unraisablehook
+
+        def hook(lost: Any) -> None:
+            if lost.exc_type is not KeyboardInterrupt:
+                before(lost)
+                return
+            self._raised, self.ours = False, True
+            again = threading.Timer(_ONCE_MORE_SECONDS, os.kill, (os.getpid(), self._number))
+            again.daemon = True
+            again.start()
+
+        sys.unraisablehook = hook
+        try:
+            yield
+        finally:
+            sys.unraisablehook = before
 
 
 @contextmanager
@@ -56,9 +81,11 @@ def interruptible() -> Iterator[None]:
     if isinstance(signal.getsignal(signal.SIGTERM), _Stop) or not _is_main():  # whoever owns the signals handles them
         yield
         return
-    before = signal.signal(signal.SIGTERM, _Stop())
+    stop = _Stop()
+    before = signal.signal(signal.SIGTERM, stop)
     try:
-        yield
+        with stop.never_lost():
+            yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -143,7 +170,8 @@ def acknowledged(console: Console, at_once: Callable[[], None]) -> Iterator[None
     listener = threading.Thread(target=_listen, args=(reading, stop, console, at_once), name="interrupts", daemon=True)
     listener.start()
     try:
-        yield
+        with stop.never_lost():
+            yield
     except KeyboardInterrupt:
         raise RunInterruptedError(
             "interrupted; what was finished is kept. Run the same command again to resume"

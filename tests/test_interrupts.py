@@ -135,6 +135,18 @@ def test_an_interrupt_of_its_own_is_no_order() -> None:
     assert (errors, begun.returncode) == ("", 130)
 
 
+def test_one_that_comes_where_nothing_can_be_raised_is_not_lost() -> None:
+    """In a callback of the garbage collector's, of which Python says that it ignored the exception."""
+    body = "import weakref; loop = lambda _: native(1); thing = type('T', (), {})(); at = weakref.ref(thing, loop); "
+    with process(f"{body}del thing; time.sleep(60)") as begun:
+        time.sleep(0.3)
+        begun.send_signal(signal.SIGTERM)
+        out, errors = begun.communicate(timeout=30)
+    assert out.startswith("cleaned up\n")
+    assert errors.count("\n") == 1
+    assert (errors[:31], begun.returncode) == ("capfilt: interrupted by SIGTERM", 130)
+
+
 def test_ray_takes_no_signal_away() -> None:
     """It takes SIGTERM as it starts, and would end the process with exit code 15, in silence."""
     body = (
