@@ -524,10 +524,8 @@ def test_an_export_that_was_taken_over_gives_no_file_its_name(tmp_path: Path) ->
 
     mine, output = Folder(str(tmp_path / "out"), {}, taken), tmp_path / "out"
     Folder(str(output), {}).put("00000.tar", b"another's")
-    for act in (
-        lambda: mine.put("00000.tar", b"mine"),
-        lambda: mine.publish({"files": [], "asked": {"format": "mds"}}),
-    ):
+    manifest = {"files": [], "asked": {"format": "mds"}}
+    for act in (lambda: mine.put("00000.tar", b"mine"), lambda: mine.publish(manifest), mine.discard):
         with pytest.raises(LeaseLostError):
             act()
     assert content(f"{output}.incomplete") == {"00000.tar": b"another's"}

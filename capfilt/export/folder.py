@@ -92,7 +92,7 @@ class Folder:
     Args:
         output: where it will lie once complete.
         options: fsspec's storage options.
-        check: called before a file gets its name; raises where another export has taken the output over.
+        check: called before a file gets its name or is removed; raises where another export has taken the output over.
     """
 
     def __init__(self, output: str, options: Mapping[str, Any], check: Callable[[], None] = lambda: None) -> None:
@@ -157,6 +157,7 @@ class Folder:
 
     def discard(self) -> None:
         """Remove what an export that will not be completed left: what it has on record before what that tells of."""
+        self._check()
         self._discard(f"{self._stage}/{PROGRESS}")
         self._discard(self._stage)
 
@@ -223,6 +224,7 @@ class Folder:
         """
         if self._local:  # in one step, or not at all
             return
+        self._check()
         own = {file["path"] for file in manifest["files"]}
         there = self._sizes(self._final)
         moved = [f"{self._final}/{path}" for path in there if path in own or _is_image(path, manifest)]
