@@ -76,6 +76,20 @@ def run(spec: CurateSpec, execute: Execute | None = in_process) -> Summary:
     return curate(spec, load=load_hash, execute=execute, console=Console(file=io.StringIO()))
 
 
+def test_a_night_without_news_lists_the_input_once_and_reads_none_of_it(spec: CurateSpec, s3: S3) -> None:
+    """Counted by the store: an answer that is slow is the same answer, and is on record."""
+    asked = r"GET /data(/web/|\S*prefix=web)"
+    with s3.faulty(Struck(Fault.SLOW, asked)):
+        assert run(spec).shards == 3
+    assert any("/web/0.parquet" in request for _, request in s3.injected)
+    s3.reset()
+    with s3.faulty(Struck(Fault.SLOW, asked)):
+        assert run(spec).skipped == 3
+    look, listing = (request for _, request in s3.injected)
+    assert re.search("list-type=2.*max-keys=1&", look)  # whether the input is there, and a directory
+    assert "list-type=2" in listing
+
+
 def test_an_object_is_curated_anew_once_it_has_other_bytes(spec: CurateSpec, s3: S3, tmp_path: Path) -> None:
     url, table = (
         f"data/anew/{tmp_path.name}/0.parquet",
