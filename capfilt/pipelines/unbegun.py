@@ -13,7 +13,7 @@ from capfilt.dataset import CuratedDataset
 from capfilt.errors import LeaseHeldError, StoreError
 from capfilt.logs import event
 from capfilt.pipelines.session import surroundings
-from capfilt.records import RUN, SUMMARY
+from capfilt.records import RUN, SUMMARY, outcome_of
 from capfilt.spec import CurateSpec
 from capfilt.stores import one_line
 
@@ -31,7 +31,7 @@ def until_begun(spec: CurateSpec, run: str) -> Iterator[None]:
     except BaseException as error:
         level = logging.WARNING if isinstance(error, LeaseHeldError) else logging.ERROR
         seconds = time.monotonic() - begin
-        ended = {"outcome": f"{type(error).__name__}: {error}", "shards": 0}
+        ended = {"outcome": outcome_of(error), "shards": 0}
         event("run_ended", level, run=run, output=spec.output, **ended, seconds=round(seconds, 3))
         if isinstance(error, Exception) and not isinstance(error, (LeaseHeldError, StoreError)):
             begun = {"spec": spec.model_dump(mode="json"), **surroundings(), "started": started}
