@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 from capfilt.errors import InputError
+from capfilt.terminal import counted
 
 csv.field_size_limit(2**24)  # of the process; its default, 2**17, is less than a data: URL can be
 
@@ -43,7 +44,7 @@ def cut_rows(path: str, lines: Iterable[bytes], mark: str, names: tuple[str, ...
         width = width or len(row)
         if len(row) != width:
             wanted = "urls.column_names" if names else "its header"
-            raise InputError(f"{path}: line {number:,} has {len(row)} fields, and {wanted} {width}; mend that line")
+            raise InputError(f"{path}: line {number:,} has {counted(len(row), 'field')}, and {wanted} {width}; mend that line")
         yield row
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,9 +25,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
 
 from capfilt.dataset import DIRECTORIES, CuratedDataset, ShardState
+from capfilt.delimited import cut_rows
 from capfilt.errors import DatasetError, InputError, SpecError
 from capfilt.fingerprints import without_withdrawn
 from capfilt.fragments import Footer, read_names
@@ -140,11 +141,9 @@ def _read_list(path: str, column: str, options: Mapping[str, Any]) -> list[str |
         fs, name = connect(path, options)
         data: bytes = persist(lambda: fs.cat_file(name))
         data = gzip.decompress(data) if path.endswith(".gz") else data
-        return _read_csv(data, column) if kind == "csv" else _read_text(data)
-    except KeyError:
-        raise InputError(
-            f"{path}: no column {column}; name it with withdrawn.url_column or withdrawn.key_column"
-        ) from None
+        return _read_csv(path, data, column) if kind == "csv" else _read_text(data)
+    except InputError:
+        raise
     except Exception as error:  # every store raises its own kinds
         raise InputError(f"{path}: cannot be read: {one_line(error)}") from error
 
@@ -165,10 +164,21 @@ def _read_parquet(path: str, column: str, options: Mapping[str, Any]) -> list[st
         raise InputError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
-def _read_csv(data: bytes, column: str) -> list[str | None]:
-    convert = pa.csv.ConvertOptions(column_types={column: pa.string()}, include_columns=[column])
-    parse = pa.csv.ParseOptions(newlines_in_values=True)
-    return _column(pa.csv.read_csv(pa.BufferReader(data), convert_options=convert, parse_options=parse))
+def _read_csv(path: str, data: bytes, column: str) -> list[str | None]:
+    """A column, of rows of a line each: a quote left open would take those after it into a value, and keep them in."""
+    rows = cut_rows(path, io.BytesIO(data), ",")
+    if column not in (names := next(rows, [])):
+        raise InputError(f"{path}: no column {column}; name it with withdrawn.url_column or withdrawn.key_column")
+    place = names.index(column)
+    entries: list[str | None] = []
+    for row in rows:
+        if broken := [value for value in row if "\n" in value]:
+            raise InputError(
+                f"{path}: a value reaches over several lines, where each is to be a row: {broken[0][:60]!r}; close its "
+                "quote"
+            )
+        entries.append(row[place])
+    return entries
 
 
 def _read_text(data: bytes) -> list[str | None]:

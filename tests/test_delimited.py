@@ -48,7 +48,7 @@ def test_a_quote_in_a_tsv_is_a_character_unless_a_field_is_quoted_whole(line: st
         (",", 'url,text\nhttp://a/1,"open\nhttp://a/2,"b, c"\n', "line 2 has 3 fields, and its header 2"),
         (",", 'url\n\n"http://a/1\nhttp://a/2\n', "line 3 opens a quote, and within it line 4 is a row of its own"),
         (",", 'url,text\nhttp://a/1,a\nhttp://a/2,"open\n', "line 3 opens a quote that nothing closes; close it"),
-        (",", 'url,text\nhttp://a/1,"a\nb\nc"\nhttp://a/2\n', "line 5 has 1 fields, and its header 2; mend that line"),
+        (",", 'url,text\nhttp://a/1,"a\nb\nc"\nhttp://a/2\n', "line 5 has 1 field, and its header 2; mend that line"),
         ("\t", 'url\ttext\tx\nhttp://a/1\t"open\nhttp://a/2\tb\tx\n', "line 2 opens a quote, .* line 3 is a row"),
         ("\t", 'url\ttext\tx\nhttp://a/1\t"open\n', "line 2 opens a quote that nothing closes"),
         ("\t", "url\ttext\nhttp://a/1\ta\tb\n", "line 2 has 3 fields, and its header 2"),
