@@ -44,7 +44,8 @@ def cut_rows(path: str, lines: Iterable[bytes], mark: str, names: tuple[str, ...
         width = width or len(row)
         if len(row) != width:
             wanted = "urls.column_names" if names else "its header"
-            raise InputError(f"{path}: line {number:,} has {counted(len(row), 'field')}, and {wanted} {width}; mend that line")
+            found = counted(len(row), "field")
+            raise InputError(f"{path}: line {number:,} has {found}, and {wanted} {width}; mend that line")
         yield row
 
 
