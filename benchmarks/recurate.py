@@ -11,8 +11,8 @@ synthetic one, no score in [0.50, 0.51), in nine shards of ten none in [0.4, 0.6
     0.45   one shard in ten changes: rows are newly kept in it
 
 and is compared with what numpy says of the scores. The night: `--nightly` shards (hard links, as commit_scale.py makes
-them) that are up to date; `capfilt run`, and then the same in this process, with listings and opened inputs counted:
-one, and none.
+them) that are up to date; `capfilt run`, and then the same in this process, with listings (one) and
+opened inputs (none) counted.
 """
 
 from __future__ import annotations
