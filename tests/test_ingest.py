@@ -685,7 +685,7 @@ def test_a_user_goes_through_every_command(tmp_path: Path, pictures: WebServer) 
     assert "allow_private" in checked.stdout
     planned = capfilt("plan", path)
     assert planned.returncode == 0, planned.stderr
-    assert "30 URLs in 1 lists\nfetch 30 URLs, in 2 shards" in planned.stdout
+    assert "30 URLs in 1 list\nfetch 30 URLs, in 2 shards" in planned.stdout
     assert not (tmp_path / "out").exists()
     done = capfilt("run", path)
     assert done.returncode == 0, done.stderr
