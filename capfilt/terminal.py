@@ -34,8 +34,14 @@ def shown(text: str) -> Text:
 
 
 def show(table: Table) -> None:
-    """Print a table: folded to a terminal's width, and as wide as it needs to be in a file or a pipe."""
+    """Print a table: folded to a terminal's width, and as wide as it needs to be in a file or a pipe.
+
+    Its title stands above it in one line, be the table as narrow as it may.
+    """
     console = out if out.is_terminal else Console(file=out.file, width=_WIDE)
+    title, table.title = table.title, None
+    if title:
+        console.print(title if isinstance(title, Text) else Text(title), style="table.title", soft_wrap=True)
     console.print(table, soft_wrap=False)
 
 

@@ -17,7 +17,7 @@ from rich.table import Table
 from capfilt.printing import print_runs
 from capfilt.records import RunRecord
 from capfilt.redaction import redacted
-from capfilt.terminal import counted, escaped, say, shown
+from capfilt.terminal import counted, escaped, say, show, shown
 
 
 @pytest.mark.parametrize(
@@ -121,3 +121,10 @@ def test_runs_are_listed_whole_in_a_pipe(capsys: pytest.CaptureFixture[str]) -> 
         assert [*printed.splitlines()[3].replace("│", " ").split()] == [name, *words]
     print_runs([])
     assert capsys.readouterr().out == "no run is on record\n"
+
+
+def test_a_title_stands_in_one_line_above_a_narrow_table(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("n", title="run 20261128T035348188741-d9e21930", title_justify="left")
+    table.add_row("1")
+    show(table)
+    assert capsys.readouterr().out.splitlines()[0] == "run 20261128T035348188741-d9e21930"
