@@ -11,13 +11,13 @@ from statistics import fmean
 from typing import Any
 
 import duckdb
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from capfilt.dataset import CuratedDataset
 from capfilt.errors import CapfiltError, DatasetError
 from capfilt.inputs import is_local
 from capfilt.schema import ANNOTATIONS, PAIRS, PROVENANCE, Status
-from capfilt.spec import CurateSpec, Thresholds
+from capfilt.spec import Thresholds
 from capfilt.stores import blamed, connect, persist
 from capfilt.text import clean
 from capfilt.view.index import Index, default_path
@@ -261,9 +261,7 @@ def _thresholds(dataset: CuratedDataset) -> dict[str, float]:
     """What most shards were decided with, by source; 0.5 where no record tells."""
     runs = Counter(state.provenance.run for state in dataset.committed().values())
     for run, _ in runs.most_common(1):
-        try:
-            found = CurateSpec.model_validate(dataset.record(run).details.get("spec")).effective_thresholds
-        except ValidationError:  # another version's, or gone
-            continue
-        return {name: fmean(getattr(one, name) for one in found) for name in Thresholds.model_fields}
+        if spec := dataset.record(run).spec:
+            found = spec.effective_thresholds
+            return {name: fmean(getattr(one, name) for one in found) for name in Thresholds.model_fields}
     return dict.fromkeys(Thresholds.model_fields, 0.5)
