@@ -15,10 +15,13 @@ text of ten words are matched with it. The sides take turns, each in a process o
                  units for it (AMX)
 
 Weights are random at real size (speed does not depend on them), scaled so that captions have a trained model's entropy.
-First the sides must agree: greedy captions token by token, and match probabilities within 1e-4.
+First the sides must agree: greedy captions token by token, and match probabilities within 1e-4. On a processor with
+matrix units for bfloat16 (AMX) ours multiplies float32 by way of three bfloat16 products (capfilt.models.split);
+`--no-split` keeps it from that.
 
 Ratios are medians over the repeats, with the smallest and largest. *Floor* counts the matrix products of ours (FLOPs, 2
-for a multiply and add) and gives their rate as a part of square matrices' of side 2,048, measured between the repeats.
+for a multiply and add; a split product counts once) and gives their rate as a part of what torch's float32 product does
+with square matrices of side 2,048, measured between the repeats.
 
 Targets at base size, 384 px, on a CPU: k = 1 at least 1.6 x documented and 1.2 x hand-tuned; k = 8 at least 4.5 x and
 2 x; at least 85% of the matrix product's rate; k = 8 at most 1.35 x the time of k = 1 (with `--tokens 20`).
@@ -47,7 +50,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BlipForConditionalGeneration, BlipForImageTextRetrieval
 
-from capfilt.models import checkpoints
+from capfilt.models import checkpoints, packed
 from capfilt.models.blip import CaptioningNetwork, RetrievalNetwork
 from capfilt.models.captioner import Captioner
 from capfilt.models.checkpoints import quiet, save
@@ -238,10 +241,16 @@ def _packed_flops(x: Sequence[int], _packed: Any, weight: Sequence[int], *_other
     return 2 * math.prod(x) * weight[0]
 
 
+def _split_flops(x: Sequence[int], weight: Sequence[int], *_others: Any, **_more: Any) -> int:
+    """Of a linear layer made of three bfloat16 products: what it stands for, one of float32."""
+    return 2 * math.prod(x) * weight[0]
+
+
 def count_flops(ours: Ours, pictures: Pictures) -> int:
     """Of ours, attention spelled out in matrix products."""
-    packed: Any = {torch.ops.mkl._mkl_linear: _packed_flops} if torch.backends.mkl.is_available() else {}
-    with FlopCounterMode(display=False, custom_mapping=packed) as counter, sdpa_kernel(SDPBackend.MATH):
+    own: Any = {torch.ops.capfilt.split_linear: _split_flops}
+    own |= {torch.ops.mkl._mkl_linear: _packed_flops} if torch.backends.mkl.is_available() else {}
+    with FlopCounterMode(display=False, custom_mapping=own) as counter, sdpa_kernel(SDPBackend.MATH):
         ours.run(pictures)
     return counter.get_total_flops()
 
@@ -252,6 +261,8 @@ VARIANTS: dict[str, dict[str, Any]] = {"ours": {}, "bfloat16": {"dtype": "bfloat
 def serve(name: str, k: int, directory: Path, arguments: argparse.Namespace, pipe: Connection) -> None:
     """Be one of the sides, or the check, for whoever asks at the other end of the pipe."""
     torch.set_num_threads(arguments.threads)
+    if arguments.no_split:
+        packed.splits = lambda _linear: False
     sampling = Sampling(candidates=k, min_tokens=arguments.tokens, max_tokens=arguments.tokens)
     batch = arguments.batch or max(arguments.images, 9)
     pictures = Pictures(arguments.images, arguments.image_size)
@@ -373,6 +384,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="(default 3)")
     parser.add_argument("--only-ours", action="store_true", help="time no other side")
     parser.add_argument("--no-itc", action="store_true", help="ours: no image-text contrast")
+    parser.add_argument("--no-split", action="store_true", help="ours: float32's own products, with AMX too")
     parser.add_argument("--bfloat16", action="store_true", help="time ours in bfloat16, too")
     arguments = parser.parse_args()
     chosen = {name: value for name, value in vars(arguments).items() if name != "json"}

@@ -17,6 +17,7 @@ from capfilt.models.blip import CaptioningNetwork, initialise
 from capfilt.models.captioner import Captioner
 from capfilt.models.checkpoints import quiet
 from capfilt.models.decoding import Rules, begin
+from capfilt.models.packed import pack
 from capfilt.models.preprocess import normalise
 from capfilt.models.sampling import TIE_TOLERANCE
 from capfilt.models.tiny import write_tiny_pair
@@ -306,6 +307,7 @@ def test_base_size_logits_agree_between_batch_shapes() -> None:
             weight.mul_(8)
         elif weight.dim() > 1 and "embeddings" not in name:
             weight.mul_(2.5)
+    pack(network)
     banned = torch.zeros(text["vocab_size"], dtype=torch.bool)
     rules = Rules([30522, 1037, 3861, 1997], 102, banned, Sampling(max_tokens=6))
 

@@ -42,6 +42,9 @@ Network = TypeVar("Network", CaptioningNetwork, RetrievalNetwork)
 _SAFETENSORS = ["model.safetensors", "model-*.safetensors", "model.safetensors.index.json"]
 _SIZES = 32
 """Batches that cuDNN sees are multiples of it: it plans every other size anew."""
+_IN_CACHE = 8
+"""Images that a CPU's vision transformer sees at a time: the layers' activations of more come from memory. A text
+decoder gains by more of them: what it waits for is its weights."""
 _PICKLES = ["pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"]
 
 
@@ -85,7 +88,14 @@ class Loaded(Generic[Network]):
         if images_BCSS.dtype != torch.uint8 or tuple(images_BCSS.shape[1:]) != expected:
             raise ValueError(f"expected uint8 [B, {expected}], got {images_BCSS.dtype} {tuple(images_BCSS.shape)}")
         # One memory layout whatever the caller's: a row's pixels must meet the same kernels in every run.
-        pixels = normalise(images_BCSS.to(self.device).contiguous(), self.dtype)
+        images_BCSS = images_BCSS.to(self.device).contiguous()
+        if self.device.type != "cpu" or len(images_BCSS) <= _IN_CACHE:
+            return self._see(images_BCSS)
+        starts = range(0, len(images_BCSS), _IN_CACHE)
+        return torch.cat([self._see(images_BCSS[start : start + _IN_CACHE]) for start in starts])
+
+    def _see(self, images_BCSS: Tensor) -> Tensor:
+        pixels = normalise(images_BCSS, self.dtype)
         if fused.kernels_for(pixels) and (missing := -len(pixels) % _SIZES):
             pixels = pad(pixels, (0, 0, 0, 0, 0, 0, 0, missing))
         seen_BTW: Tensor = self.model.vision_model(pixels)
@@ -158,8 +168,8 @@ def load_to_run(card: FilterCard, device: str) -> Loaded[RetrievalNetwork]: ...
 def load_to_run(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
     """As :func:`load`, to compute and nothing else.
 
-    On a CPU the linear layers of a float32 network are packed (capfilt.models.packed), and the process keeps the memory
-    that it frees (capfilt.models.memory).
+    On a CPU the linear layers of a float32 network are packed or split (capfilt.models.packed), and the process keeps
+    the memory that it frees (capfilt.models.memory).
 
     Raises:
         CheckpointError, SpecError: as :func:`load`.
@@ -167,9 +177,8 @@ def load_to_run(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
     loaded: Loaded[Any] = load(card, device)
     if loaded.device.type == "cpu":
         keep_freed_memory()
-        for part in loaded.model.children():
-            if loaded.dtype == torch.float32:
-                pack(part)
+        if loaded.dtype == torch.float32:
+            pack(loaded.model)
     return loaded
 
 

@@ -1,4 +1,4 @@
-"""Linear layers on a CPU: weights laid out once as its matrix product reads them.
+"""Linear layers on a CPU: weights laid out once as its matrix product reads them, or split.
 
 A matrix product first copies its operands into blocks that fit the caches. A weight never changes, so here its copy is
 made once, in MKL's packed format, and takes the weight's place. The fewer rows are multiplied with it, as when a token
@@ -7,9 +7,13 @@ of each text is, the more that saves.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812  torch's own name for it
+
+from capfilt.models.split import SplitLinear, splits
 
 _ROWS = 577
 """Rows that a weight is packed for: an image's tokens. MKL chooses the blocks by them."""
@@ -38,36 +42,49 @@ class PackedLinear(nn.Module):
         return out
 
 
-def pack(module: nn.Module) -> None:
-    """Pack the linear layers within a float32 module on the CPU, in place; without MKL nothing happens.
+def pack(network: nn.Module) -> None:
+    """Make the linear layers of a float32 network's parts on the CPU fast, in place; without MKL nothing happens.
+
+    Layers that multiply hundreds of rows at a time are split (:mod:`capfilt.models.split`) where the processor gains by
+    it, all others packed. Which, is a matter of the layer alone, not of a batch's rows: a row's result is the same in
+    every batch, but for rounding.
 
     Results differ from the plain layers' by rounding. What is packed is no parameter any more: it can compute, not be
     saved or trained.
     """
-    if not torch.backends.mkl.is_available() or not _serves():  # type: ignore[no-untyped-call]
+    if not torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
         return
-    for parent in list(module.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, PackedLinear(child))
+    for name, parent in list(network.named_modules())[1:]:
+        for child_name, child in list(parent.named_children()):
+            if type(child) is not nn.Linear:
+                continue
+            if not _a_token_at_a_time(f"{name}.{child_name}") and splits(child) and _serves(SplitLinear):
+                setattr(parent, child_name, SplitLinear(child))
+            elif _serves(PackedLinear):
+                setattr(parent, child_name, PackedLinear(child))
 
 
-_served: list[bool] = []
+def _a_token_at_a_time(name: str) -> bool:
+    """Whether a layer, by its name, is a decoder's that reads one token of each text, and not the image."""
+    reads_the_image = name.endswith(("crossattention.self.key", "crossattention.self.value"))
+    return name.startswith("text_decoder.") and not reads_the_image
 
 
-def _serves() -> bool:
-    """Whether this processor's MKL multiplies any number of rows with what was packed for :data:`_ROWS`."""
-    if not _served:
-        _served.append(all(_agrees(width, out) for width, out in ((64, 96), (768, 3072), (3072, 768))))
-    return _served[0]
+_Fast = type[PackedLinear] | type[SplitLinear]
+
+
+@cache
+def _serves(kind: _Fast) -> bool:
+    """Whether this processor's MKL multiplies any number of rows with what was made for :data:`_ROWS`."""
+    return all(_agrees(kind, width, out) for width, out in ((64, 96), (768, 3072), (3072, 768)))
 
 
 @torch.inference_mode()
-def _agrees(width: int, out: int) -> bool:
+def _agrees(kind: _Fast, width: int, out: int) -> bool:
     generator = torch.Generator().manual_seed(0)
     linear = nn.Linear(width, out)
     linear.weight.normal_(generator=generator)
-    packed, x = PackedLinear(linear), torch.randn(max(_TRIED), width, generator=generator)
+    packed, x = kind(linear), torch.randn(max(_TRIED), width, generator=generator)
     exact = F.linear(x, linear.weight, linear.bias)
     most = _TOLERANCE * exact.abs().max()
     return all(bool((packed(x[:n]) - exact[:n]).abs().max() <= most) for n in _TRIED)
