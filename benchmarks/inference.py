@@ -35,6 +35,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -298,6 +299,7 @@ class Side:
         spawn = multiprocessing.get_context("spawn")
         self._pipe, there = spawn.Pipe()
         self._process = spawn.Process(target=serve, args=(name, k, directory, arguments, there), daemon=True)
+        os.environ["THP_MEM_ALLOC_ENABLE"] = str(int(name not in TARGETS))  # capfilt's own doing (capfilt.models)
         self._process.start()
         there.close()
         self.ready = self._pipe.recv()

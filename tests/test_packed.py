@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 
-from capfilt.models import memory
 from capfilt.models.packed import PackedLinear, _serves, pack
 
 torch.set_num_threads(1)
@@ -87,39 +86,22 @@ def test_freed_memory_is_kept() -> None:
 
 
 _LARGE = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_TAKE = """
-import logging, resource, sys
-logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-if sys.argv[1:]:
-    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]),) * 2)
-from capfilt.models.memory import keep_freed_memory
-keep_freed_memory()
-block = bytearray(b"x") * (64 * 2**20)
-lines = open("/proc/self/smaps_rollup").read().splitlines()
-print(next(line.split()[1] for line in lines if line.startswith("AnonHugePages")))
-"""
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc keeps memory its own way")
 @pytest.mark.skipif(
     not _LARGE.exists() or "[never]" in _LARGE.read_text(), reason="this system gives no large pages to who asks"
 )
 def test_memory_is_of_large_pages() -> None:
-    done = subprocess.run([sys.executable, "-c", _TAKE], capture_output=True, check=True, text=True)
-    assert int(done.stdout.split()[-1]) > 32 * 1024
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library than glibc keeps memory its own way")
-def test_where_memory_is_limited_it_is_but_kept() -> None:
-    limit = str(2 * 2**30)
-    done = subprocess.run([sys.executable, "-c", _TAKE, limit], capture_output=True, check=True, text=True)
-    assert "no large pages" in done.stdout
-
-
-def test_addresses_that_count_are_not_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    setting = tmp_path / "overcommit_memory"
-    monkeypatch.setattr(memory, "Path", lambda _name: setting)
-    assert memory._counts_addresses()
-    for value, expected in (("0", False), ("1", False), ("2", True)):
-        setting.write_text(value + "\n")
-        assert memory._counts_addresses() is expected
+    """In any thread: Ray calls a worker in one that is not the first."""
+    script = textwrap.dedent("""
+        import threading
+        import capfilt.models
+        import torch
+        blocks = []
+        thread = threading.Thread(target=lambda: blocks.append(torch.ones(16 * 2**20)))
+        thread.start(), thread.join()
+        lines = open("/proc/self/smaps_rollup").read().splitlines()
+        print(next(line.split()[1] for line in lines if line.startswith("AnonHugePages")))
+    """)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
+    assert int(done.stdout) > 32 * 1024
