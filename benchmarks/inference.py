@@ -237,20 +237,15 @@ def agree(ours: Ours, theirs: Theirs, pictures: Pictures) -> float:
     return gap
 
 
-def _packed_flops(x: Sequence[int], _packed: Any, weight: Sequence[int], *_others: Any, **_more: Any) -> int:
-    """Of a linear layer whose weight is packed."""
-    return 2 * math.prod(x) * weight[0]
-
-
-def _split_flops(x: Sequence[int], weight: Sequence[int], *_others: Any, **_more: Any) -> int:
-    """Of a linear layer made of three bfloat16 products: what it stands for, one of float32."""
-    return 2 * math.prod(x) * weight[0]
+def _linear_flops(x: Sequence[int], *_others: Any, out_shape: Sequence[int], **_more: Any) -> int:
+    """Of a linear layer that is packed or split: of the one float32 product that it stands for."""
+    return 2 * math.prod(x) * out_shape[-1]
 
 
 def count_flops(ours: Ours, pictures: Pictures) -> int:
     """Of ours, attention spelled out in matrix products."""
-    own: Any = {torch.ops.capfilt.split_linear: _split_flops}
-    own |= {torch.ops.mkl._mkl_linear: _packed_flops} if torch.backends.mkl.is_available() else {}
+    own: Any = {torch.ops.capfilt.split_linear: _linear_flops}
+    own |= {torch.ops.mkl._mkl_linear: _linear_flops} if torch.backends.mkl.is_available() else {}
     with FlopCounterMode(display=False, custom_mapping=own) as counter, sdpa_kernel(SDPBackend.MATH):
         ours.run(pictures)
     return counter.get_total_flops()

@@ -13,30 +13,39 @@ import torch
 from torch import nn
 
 from capfilt.models.packed import PackedLinear, _serves, pack
+from capfilt.models.split import SplitLinear, _product
 
 torch.set_num_threads(1)
 
 mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this torch has no MKL, so nothing is packed")
 
 
-@mkl
+KINDS = [
+    pytest.param(PackedLinear, 1e-5, marks=mkl),
+    pytest.param(SplitLinear, 1e-4, marks=pytest.mark.skipif(_product() is None, reason="no product to split for")),
+]
+
+
 @torch.inference_mode()
+@pytest.mark.parametrize(("kind", "tolerance"), KINDS)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(1,), (2, 3), (4, 9), (8, 9, 5), (577,), (2, 577), (0, 4)])
-def test_a_packed_layer_is_the_layer(rows: tuple[int, ...], bias: bool) -> None:
+def test_it_is_the_layer(
+    rows: tuple[int, ...], bias: bool, kind: type[PackedLinear | SplitLinear], tolerance: float
+) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(96, 160, bias=bias)
     x = torch.randn(*rows, 96)
-    torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kind(linear)(x), linear(x), rtol=tolerance, atol=tolerance)
 
 
-@mkl
 @torch.inference_mode()
-def test_input_that_is_not_contiguous() -> None:
+@pytest.mark.parametrize(("kind", "tolerance"), KINDS)
+def test_input_that_is_not_contiguous(kind: type[PackedLinear | SplitLinear], tolerance: float) -> None:
     torch.manual_seed(0)
     linear = nn.Linear(64, 32)
     x = torch.randn(7, 5, 64).transpose(0, 1)
-    torch.testing.assert_close(PackedLinear(linear)(x), linear(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kind(linear)(x), linear(x), rtol=tolerance, atol=tolerance)
 
 
 @mkl

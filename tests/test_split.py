@@ -33,26 +33,6 @@ def layer(width: int, out: int, bias: bool = True) -> nn.Linear:
 
 @amx
 @torch.inference_mode()
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("rows", [(1,), (2, 3), (8, 9, 5), (577,), (2, 577), (0, 4)])
-def test_it_is_the_layer(rows: tuple[int, ...], bias: bool) -> None:
-    torch.manual_seed(0)
-    linear = layer(96, 160, bias)
-    x = torch.randn(*rows, 96)
-    torch.testing.assert_close(SplitLinear(linear)(x), linear(x), rtol=1e-4, atol=1e-4)
-
-
-@amx
-@torch.inference_mode()
-def test_input_that_is_not_contiguous() -> None:
-    torch.manual_seed(0)
-    linear = layer(64, 32)
-    x = torch.randn(7, 5, 64).transpose(0, 1)
-    torch.testing.assert_close(SplitLinear(linear)(x), linear(x), rtol=1e-4, atol=1e-4)
-
-
-@amx
-@torch.inference_mode()
 @pytest.mark.parametrize(("width", "out"), [(768, 2304), (768, 768), (3072, 768), (1024, 4096)])
 def test_how_exact_it_is(width: int, out: int) -> None:
     """What the module's documentation says."""
@@ -62,7 +42,7 @@ def test_how_exact_it_is(width: int, out: int) -> None:
     exact = F.linear(x.double(), linear.weight.double())
     linear.bias.zero_()
     error = (SplitLinear(linear)(x) - exact).abs() / exact.std(1, keepdim=True)
-    assert 1e-7 < error.max() < 3.5e-5
+    assert 1e-7 < error.max() < 3e-5
     assert error.square().mean().sqrt() < 6e-6
 
 
