@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,9 +110,11 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
     """
     kept_out = spec.keep_out or KeepOut()
     classifier = kept_out.classifier
+    with ThreadPoolExecutor() as pool:
+        captioners, filters = list(pool.map(_identity, spec.captioners)), list(pool.map(_identity, spec.filters))
     caption = _digest(
         code=CAPTION_CODE,
-        captioners=[_identity(card) for card in spec.captioners],
+        captioners=captioners,
         sampling=spec.sampling.model_dump(mode="json"),
         max_pixels=spec.images.max_pixels,
         max_bytes=spec.images.max_bytes,
@@ -119,7 +123,7 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
     score = _digest(
         code=SCORE_CODE,
         caption=caption,
-        filters=[_identity(card) for card in spec.filters],
+        filters=filters,
         text_column=spec.input.columns.text,
         recorded_columns=[spec.input.columns.url, spec.input.columns.key],
         **_if_given(
@@ -141,6 +145,44 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
         ),
     )
     return Fingerprints(caption, score, decide)
+
+
+def files_seen(spec: CurateSpec) -> str:
+    """What this machine says of the files of a spec's local checkpoints without reading them, as 16 hex digits.
+
+    Where it is what it was, on the same machine since the same start, nothing was written to them, so that their
+    fingerprints are what they were.
+
+    Raises:
+        CheckpointError: as :func:`fingerprint`.
+    """
+    files = [file.absolute() for checkpoint, listed in _local(spec) for file in listed(Path(checkpoint.path))]
+    looks = [(str(file), file.stat()) for file in files]
+    try:
+        start = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:  # not Linux
+        start = ""
+    return _digest(
+        machine=[socket.gethostname(), start],
+        files=[[name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in looks],
+    )
+
+
+def _local(spec: CurateSpec) -> Iterator[tuple[LocalCheckpoint, Callable[[Path], Sequence[Path]]]]:
+    """Every checkpoint that is a directory, and what lists the files that matter in it."""
+    cards: list[AnyCard | ClassifierCard] = [*spec.captioners, *spec.filters]
+    if spec.keep_out and spec.keep_out.classifier:
+        cards.append(spec.keep_out.classifier)
+    for card in cards:
+        if isinstance(card, EndpointCard) or not isinstance(card.checkpoint, LocalCheckpoint):
+            continue
+        match card:
+            case CaptionerCard() | FilterCard():
+                yield card.checkpoint, checkpoint_files
+            case ClassifierCard():
+                yield card.checkpoint, classifier_files
+            case _:
+                yield card.checkpoint, model_files
 
 
 def with_withdrawn(decide: str, rows: Sequence[int]) -> str:

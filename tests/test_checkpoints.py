@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipForImageTextRetrieval
 
 from capfilt.errors import CheckpointError, SpecError
-from capfilt.models.checkpoints import load, quiet, save
+from capfilt.models.checkpoints import load, load_to_run, quiet, save
 from capfilt.models.tiny import write_tiny_pair
 from capfilt.spec import CaptionerCard, FilterCard, HubCheckpoint, LocalCheckpoint, load_card
 
@@ -302,18 +302,57 @@ def test_what_is_tied_stays_one(pair: tuple[Path, Path]) -> None:
     assert head["predictions.decoder.bias"] is head["predictions.bias"]
 
 
-def test_a_loaded_checkpoint_does_not_need_its_files(captioner: Path) -> None:
+@pytest.mark.parametrize("how", [load, load_to_run])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_loaded_checkpoint_does_not_need_its_files(
+    pair: tuple[Path, Path], captioner: Path, how: Any, dtype: str
+) -> None:
     """They are mapped while they are read, and no longer: a file that shrinks would kill the process."""
     for pickled in (False, True):
         if pickled:
             to_pickle(captioner)
-        loaded = load(captioner_card(captioner, allow_pickle=pickled), "cpu")
+        loaded = how(captioner_card(captioner, allow_pickle=pickled, dtype=dtype), "cpu")
+        maps = Path("/proc/self/maps")
+        assert not maps.exists() or str(captioner) not in maps.read_text()
         images = torch.arange(3 * 32 * 32).reshape(1, 3, 32, 32).to(torch.uint8)
         before = loaded.see(images)
         os.truncate(captioner / ("pytorch_model.bin" if pickled else "model.safetensors"), 0)
         assert torch.equal(loaded.see(images), before)
         if not pickled:
-            save(loaded.model, captioner, captioner)
+            shutil.copyfile(pair[0] / "model.safetensors", captioner / "model.safetensors")
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_a_network_that_only_runs_is_the_same(
+    pair: tuple[Path, Path], packs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights go from the file's pages to where they are used; what is tied stays one, and takes memory once."""
+    if not packs:
+        monkeypatch.setattr("capfilt.models.packed._serves", lambda _kind: False)
+    loaded, run = (how(captioner_card(pair[0]), "cpu") for how in (load, load_to_run))
+    images = torch.arange(3 * 32 * 32).reshape(1, 3, 32, 32).to(torch.uint8)
+    torch.testing.assert_close(run.see(images), loaded.see(images), rtol=1e-4, atol=1e-4)
+    decoder = run.model.text_decoder
+    head = dict(decoder.cls.named_parameters(remove_duplicate=False))
+    words = decoder.bert.embeddings.word_embeddings.weight
+    assert torch.equal(words, loaded.model.text_decoder.bert.embeddings.word_embeddings.weight)
+    assert packs or head["predictions.decoder.weight"] is words
+    assert not any(parameter.requires_grad for parameter in run.model.parameters())
+
+
+def test_loading_does_not_import_the_compiler(pair: tuple[Path, Path]) -> None:
+    """It takes a second of every worker's start, for weights that are drawn on the meta device, to no end."""
+    script = f"""
+import sys
+from pathlib import Path
+from capfilt.models.checkpoints import load_to_run
+from capfilt.spec import CaptionerCard, LocalCheckpoint
+
+card = CaptionerCard(role="captioner", name="tiny", checkpoint=LocalCheckpoint(path={str(pair[0])!r}), image_size=32)
+load_to_run(card, "cpu")
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 # --- writing ---

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,7 +12,15 @@ import pytest
 from pydantic import BaseModel
 
 from capfilt.errors import CheckpointError
-from capfilt.fingerprints import Fingerprints, checkpoint_files, fingerprint, run_fingerprints, weight_files
+from capfilt.fingerprints import (
+    Fingerprints,
+    checkpoint_files,
+    files_seen,
+    fingerprint,
+    run_fingerprints,
+    weight_files,
+)
+from capfilt.pipelines.job import Job
 from capfilt.spec import (
     CaptionerCard,
     Columns,
@@ -308,6 +317,57 @@ def test_contents_do_not_run_into_names(checkpoint: Path) -> None:
     before = identity(checkpoint)
     (checkpoint / "tokenizer.json").rename(checkpoint / "vocab.txt")
     assert identity(checkpoint) != before
+
+
+def of_local_checkpoints(directory: Path, tmp_path: Path) -> CurateSpec:
+    """A captioner, a filter and a classifier, in directories of their own."""
+    data = spec_data()
+    for name in ("captioner", "filter", "classifier"):
+        shutil.copytree(directory, tmp_path / name)
+        (tmp_path / name / "preprocessor_config.json").write_text("{}")
+        card = {"name": name, "image_size": 32, "checkpoint": {"path": str(tmp_path / name)}}
+        if name == "classifier":
+            data["keep_out"] = {"classifier": {**card, "role": "classifier", "labels": ["bad"], "threshold": 0.5}}
+        else:
+            data[f"{name}s"] = [{**card, "role": name}]
+    return CurateSpec.model_validate(data)
+
+
+def test_files_are_read_again_only_where_they_may_be_others(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = of_local_checkpoints(checkpoint, tmp_path)
+    job = Job(spec, run_fingerprints(spec), "run", files_seen=files_seen(spec))
+    readings: list[CurateSpec] = []
+
+    def counted(spec: CurateSpec) -> Fingerprints:
+        readings.append(spec)
+        return run_fingerprints(spec)
+
+    monkeypatch.setattr("capfilt.pipelines.job.run_fingerprints", counted)
+    assert job.same_checkpoints()
+    assert not readings
+    for number, role in enumerate(("captioner", "filter", "classifier")):
+        file = tmp_path / role / "model.safetensors"
+        content, seen = file.read_bytes(), file.stat()
+        file.write_bytes(content.swapcase())  # as many bytes, at the same time by the clock that anyone can set
+        os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+        assert not job.same_checkpoints()
+        file.write_bytes(content)  # what it was, but only reading tells
+        assert job.same_checkpoints()
+        assert len(readings) == 2 * (number + 1)
+    assert Job(spec, job.fingerprints, "run").same_checkpoints()  # nothing is known of the files
+    (tmp_path / "filter" / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"filter: neither tokenizer\.json"):
+        job.same_checkpoints()
+
+
+def test_files_seen_are_those_of_one_machine(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = of_local_checkpoints(checkpoint, tmp_path)
+    here = files_seen(spec)
+    assert files_seen(spec) == here
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    assert files_seen(spec) != here
 
 
 def test_weights_in_the_loaders_order(checkpoint: Path) -> None:

@@ -17,13 +17,18 @@ from PIL import Image
 from rich.console import Console
 from stubs import load_hash, load_raising
 
+from capfilt.dataset import CuratedDataset
 from capfilt.decide import FilterScore, Text, as_stored, decide
 from capfilt.errors import CapfiltError, ErrorBudgetError, SpecError
+from capfilt.fingerprints import run_fingerprints
+from capfilt.fragments import Fragment, read_footer
+from capfilt.inputs import list_inputs
 from capfilt.models.tiny import write_tiny_pair
 from capfilt.pipelines.curate import Summary, curate, in_process
-from capfilt.pipelines.job import load_models
+from capfilt.pipelines.job import Job, load_models
+from capfilt.pipelines.worker import Worker
 from capfilt.schema import Source
-from capfilt.spec import CaptionerCard, CurateSpec, FilterCard, LocalCheckpoint, Sampling, Thresholds
+from capfilt.spec import CaptionerCard, Columns, CurateSpec, FilterCard, LocalCheckpoint, Sampling, Thresholds
 from capfilt.text import clean
 
 
@@ -97,6 +102,21 @@ def test_pairs_hold_the_bytes_as_they_came_and_every_kept_text(tmp_path: Path, m
         assert [c["text"] for c in pair["captions"]] == [t["text"] for t in texts]
         assert pair["text"] == max(texts, key=lambda t: t["itm"])["text"]
         assert (pair["width"], pair["height"], pair["format"]) == (24, 24, "JPEG")
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(5, [5]), (8, [8]), (12, [6, 6]), (17, [6, 6, 5])])
+def test_batches_are_of_one_size(rows: int, expected: list[int], tmp_path: Path, make_spec: MakeSpec) -> None:
+    """Of at most 8 images; after full ones a small one would be left over, as dear as it is slow."""
+    write_shard(tmp_path / "in" / "0.parquet", [jpeg(i) for i in range(rows)])
+    spec = make_spec()
+    CuratedDataset.for_writing(spec.output, {}).register("run", {})
+    (file,) = list_inputs(spec.input)
+    sizes: list[int] = []
+    worker = Worker(
+        Job(spec, run_fingerprints(spec), "run"), load_hash, on_batch=lambda images, _seconds: sizes.append(images)
+    )
+    worker.process(Fragment(file, read_footer(file, Columns(), {}).layout, 0, rows, rows))
+    assert sizes == expected
 
 
 def test_every_text_has_its_own_score_and_source(tmp_path: Path, make_spec: MakeSpec) -> None:

@@ -386,8 +386,8 @@ class TextTransformer(nn.Module):
 
         On a CPU a head's lie side by side in memory: a decoder reads them at every token, and faster in that order.
         """
-        keys = [layer.crossattention.project(seen_BTW) for layer in self.layers]
-        return keys if seen_BTW.is_cuda else [Keys(*(part.contiguous() for part in own)) for own in keys]
+        keys = (layer.crossattention.project(seen_BTW) for layer in self.layers)
+        return [own if seen_BTW.is_cuda else Keys(*(part.contiguous() for part in own)) for own in keys]
 
     def forward(
         self,
@@ -600,12 +600,13 @@ def initialise(network: nn.Module, generator: torch.Generator, std: float = 0.02
             nn.init.trunc_normal_(parameter, std=std, a=-2 * std, b=2 * std, generator=generator)
 
 
-def fill(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+def fill(network: nn.Module, state: Mapping[str, Tensor], source: str, *, keep: bool = False) -> None:
     """Copy a checkpoint's weights into a network, every one of them and nothing else.
 
     Args:
         state: by transformers' names; one of two tied names is enough, and `position_ids` of old files are passed over.
         source: for the message.
+        keep: the network's parameters become these tensors themselves, of whatever type and memory they are.
 
     Raises:
         CheckpointError: weights are missing, unexpected, of another shape, or not one where they are tied.
@@ -628,4 +629,4 @@ def fill(network: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
             listed = ", ".join(sorted(keys)[:5]) + (", ..." if len(keys) > 5 else "")
             kind = getattr(network, "architecture", type(network).__name__)
             raise CheckpointError(f"{source}: {len(keys)} {what} keys for a {kind}: {listed}")
-    network.load_state_dict({name: given[name] for name in own})
+    network.load_state_dict({name: given[name] for name in own}, assign=keep)

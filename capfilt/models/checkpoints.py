@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, processors
 from torch import Tensor, nn
 from torch.nn.functional import pad
+from torch.overrides import TorchFunctionMode
 from transformers import BlipConfig
 from transformers.utils import logging as transformers_logging
 
@@ -134,6 +135,15 @@ def load(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
             a broken file, missing or unexpected weights.
         SpecError: the card's image_size does not fit the checkpoint's patches.
     """
+    return _load(card, device)[0]
+
+
+def _load(card: CaptionerCard | FilterCard, device: str, *, borrow: bool = False) -> tuple[Loaded[Any], set[int]]:
+    """As :func:`load`; with `borrow`, on a CPU, weights of the card's type stay where they are, in pages of the files.
+
+    Returns:
+        The checkpoint, and the addresses of what is borrowed.
+    """
     directory = locate(card.checkpoint, card.allow_pickle)
     source = card.checkpoint.hub if isinstance(card.checkpoint, HubCheckpoint) else str(directory)
     kind = CaptioningNetwork if card.role == "captioner" else RetrievalNetwork
@@ -141,16 +151,21 @@ def load(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
     config = _config(directory)
     state = read_weights(directory, card.allow_pickle)
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Blank():
             network = kind(config).to(DTYPES[card.dtype])
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {error}; name another checkpoint") from None
     if torch.device(device).type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)  # it plans every new shape anew, in every thread
-    materialise(network, device)
-    fill(network, state, str(directory))
+    if borrow:
+        borrowed = {weight.untyped_storage().data_ptr() for weight in state.values()}
+        state = {name: weight.to(DTYPES[card.dtype]) for name, weight in state.items()}
+    else:
+        borrowed = set()
+        materialise(network, device)
+    fill(network, state, str(directory), keep=borrow)
     tokenizer = read_tokenizer(directory)
-    return Loaded(
+    loaded: Loaded[Any] = Loaded(
         model=network.eval().requires_grad_(False),
         tokenizer=tokenizer,
         source=source,
@@ -159,6 +174,7 @@ def load(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
         dtype=DTYPES[card.dtype],
         **token_ids(tokenizer, config.text_config, directory),
     )
+    return loaded, borrowed
 
 
 @overload
@@ -174,12 +190,37 @@ def load_to_run(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
     Raises:
         CheckpointError, SpecError: as :func:`load`.
     """
-    loaded: Loaded[Any] = load(card, device)
-    if loaded.device.type == "cpu":
+    on_cpu = torch.device(device).type == "cpu"
+    if on_cpu:
         keep_freed_memory()
-        if loaded.dtype == torch.float32:
-            pack(loaded.model)
+    loaded, borrowed = _load(card, device, borrow=on_cpu)
+    if on_cpu and loaded.dtype == torch.float32:
+        pack(loaded.model)
+    _own(loaded.model, borrowed)
     return loaded
+
+
+class _Blank(TorchFunctionMode):
+    """Modules are made without drawing weights: on the meta device that draws nothing, but imports torch's compiler."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], _types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return (*args, *(kwargs or {}).values())[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _own(network: nn.Module, borrowed: set[int]) -> None:
+    """Copy what a network has borrowed and still holds; parameters that share memory go on to do so."""
+    copies: dict[int, nn.Parameter] = {}
+    for module in network.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter.untyped_storage().data_ptr() in borrowed:
+                at = parameter.data_ptr()
+                if at not in copies:
+                    copies[at] = nn.Parameter(parameter.clone(), requires_grad=False)
+                setattr(module, name, copies[at])
 
 
 def locate(

@@ -14,7 +14,7 @@ from capfilt.spec import BatchSize
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 
-ON_A_CPU = 16
+ON_A_CPU = 32
 """Images at a time on a CPU, where the card leaves it open."""
 
 MOST = 256

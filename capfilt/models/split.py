@@ -39,9 +39,10 @@ class SplitLinear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         weight_OI = linear.weight.detach()
-        high_OI = weight_OI.bfloat16()
+        out, width = weight_OI.shape
         self.bias = linear.bias
-        self._low_high_OJ = torch.cat([(weight_OI - high_OI).bfloat16(), high_OI], 1)  # J: 2 I
+        self._low_high_OJ = weight_OI.new_empty(out, 2 * width, dtype=torch.bfloat16)  # J: 2 I
+        _split(weight_OI, self._low_high_OJ[:, width:], self._low_high_OJ[:, :width])
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O]."""
@@ -91,16 +92,16 @@ def _multiply(x_NJ: Tensor, weight_OJ: Tensor, out_NO: Tensor, *, add: bool) -> 
     )  # fmt: skip
 
 
-def _split(x_NI: Tensor, high_low_NJ: Tensor) -> None:
-    """Write both halves of every row side by side."""
+def _split(x_NI: Tensor, high_NI: Tensor, low_NI: Tensor) -> None:
+    """Write both halves of every number."""
     width = x_NI.shape[1]
     rows = max(1, _AT_A_TIME * torch.get_num_threads() // width)
     rounded = x_NI.new_empty(min(rows, len(x_NI)), width)
     for first in range(0, len(x_NI), rows):
-        x, out = x_NI[first : first + rows], high_low_NJ[first : first + rows]
-        high = out[:, :width].copy_(x)
-        part = rounded[: len(x)].copy_(high)
-        out[:, width:].copy_(torch.sub(x, part, out=part))
+        some = slice(first, first + rows)
+        x, high, low = x_NI[some], high_NI[some], low_NI[some]
+        part = rounded[: len(x)].copy_(high.copy_(x))
+        low.copy_(torch.sub(x, part, out=part))
 
 
 def _split_linear(x: Tensor, low_high_OJ: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -111,7 +112,7 @@ def _split_linear(x: Tensor, low_high_OJ: Tensor, bias_O: Tensor | None) -> Tens
         out_NO.copy_(bias_O)
     if len(x_NI):
         high_low_NJ = x.new_empty(len(x_NI), 2 * width, dtype=torch.bfloat16)
-        _split(x_NI, high_low_NJ)
+        _split(x_NI, high_low_NJ[:, :width], high_low_NJ[:, width:])
         _multiply(high_low_NJ, low_high_OJ, out_NO, add=bias_O is not None)
         _multiply(high_low_NJ[:, :width], low_high_OJ[:, width:], out_NO, add=True)
     return out_NO.view(*x.shape[:-1], len(low_high_OJ))

@@ -26,7 +26,14 @@ from rich.console import Console
 from capfilt.dataset import Counts, CuratedDataset, Provenance, ShardCommit, ShardFiles
 from capfilt.duplicates import Found
 from capfilt.errors import CapfiltError, ConflictError, DatasetError, ErrorBudgetError, InputError
-from capfilt.fingerprints import Fingerprints, run_fingerprints, with_withdrawn, without_copies, without_withdrawn
+from capfilt.fingerprints import (
+    Fingerprints,
+    files_seen,
+    run_fingerprints,
+    with_withdrawn,
+    without_copies,
+    without_withdrawn,
+)
 from capfilt.fragments import Footer, Fragment, cut, read_footer
 from capfilt.inputs import InputFile
 from capfilt.interrupts import interrupt, interruptible, uninterrupted
@@ -144,7 +151,7 @@ def curate(
     with ExitStack() as held:
         with until_begun(spec, run):
             lease.look()
-            fingerprints = run_fingerprints(spec)
+            seen, fingerprints = files_seen(spec), run_fingerprints(spec)
             # Planned before anything is made: a mistyped input makes no dataset.
             plan = plan_run(spec, fingerprints)
             if load is load_models:
@@ -168,7 +175,7 @@ def curate(
             if work:
                 dataset.register(run, _record(spec, fingerprints, plan))
                 event("run_started", run=run, output=spec.output, shards=len(plan.todo), up_to_date=len(plan.done))
-                job = Job(spec, fingerprints, run, generation=dataset.generation)
+                job = Job(spec, fingerprints, run, generation=dataset.generation, files_seen=seen)
                 display, tell = Display(console, spec.placement.max_actors, run=run), partial(_tell, console)
                 with telemetry(run, spec.output, tell) as traced, interruptible(), display:
                     watchers = Watchers(display, DriverMetrics(run, spec.ray.watched, tell), EventLog(run), traced)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from capfilt.dataset import Provenance
 from capfilt.errors import CapfiltError, SpecError
-from capfilt.fingerprints import Fingerprints, with_withdrawn
+from capfilt.fingerprints import Fingerprints, files_seen, run_fingerprints, with_withdrawn
 from capfilt.inputs import InputFile
 from capfilt.plan import Stage
 from capfilt.receipts import Receipt
@@ -181,6 +181,7 @@ class Job:
     Attributes:
         stage: at which the job's shards restart.
         generation: of the rows that it scores; see CuratedDataset.generation.
+        files_seen: when the fingerprints were taken; see :func:`capfilt.fingerprints.files_seen`. Empty if unknown.
     """
 
     spec: CurateSpec
@@ -188,6 +189,15 @@ class Job:
     run: str
     stage: Stage = Stage.CAPTION
     generation: int = 0
+    files_seen: str = ""
+
+    def same_checkpoints(self) -> bool:
+        """Whether the checkpoints here are those of the fingerprints. Reads them where they may be others.
+
+        Raises:
+            CheckpointError: one is not here.
+        """
+        return self.files_seen == files_seen(self.spec) or run_fingerprints(self.spec) == self.fingerprints
 
     @property
     def models(self) -> CurateSpec:

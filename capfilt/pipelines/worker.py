@@ -31,7 +31,6 @@ from pydantic import TypeAdapter
 
 from capfilt.decide import FilterScore, Text, as_stored
 from capfilt.errors import CapfiltError, CheckpointError, EndpointError, ImageError, InputError, StoreError
-from capfilt.fingerprints import run_fingerprints
 from capfilt.fragments import Fragment, Row, read_rows
 from capfilt.images import decode
 from capfilt.inputs import renew
@@ -227,7 +226,7 @@ class Worker:
                 "placement.gpus is above 0 but this worker sees no CUDA device; install a CUDA build of torch, or set "
                 + " and ".join(f"{at}.placement.gpus=0" for at, card in cards.items() if card.placement.gpus)
             )
-        if self._load is load_models and run_fingerprints(self.job.spec) != self.job.fingerprints:
+        if self._load is load_models and not self.job.same_checkpoints():
             raise CheckpointError(
                 f"{socket.gethostname()}: the checkpoints here are not those the driver has; copy them to every node"
             )
@@ -298,7 +297,8 @@ class Worker:
         self, fragment: Fragment, before: _Before, seconds: dict[str, float]
     ) -> Iterator[tuple[list[Item], _Buffers]]:
         """Batches of rows in order, decoded ahead in threads, and buffers that hold the n-th row's pixels at [n]."""
-        size = self._batch_size
+        count = max(1, fragment.rows)
+        size = math.ceil(count / math.ceil(count / self._batch_size))  # no small batch is left over
         waiting: deque[tuple[list[Future[tuple[Item, float]]], _Buffers]] = deque()
         rows = read_rows(fragment, self.job.spec.input.storage_options, min(size, 32))
         withdrawn = frozenset(fragment.withdrawn)
