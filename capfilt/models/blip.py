@@ -94,7 +94,10 @@ class Cache:
     def selected(self, rows_N: Tensor) -> Cache:
         """Another, of these rows in this order; a row may come twice."""
         other = copy.copy(self)
-        other._all, other.place_1 = self._all[:, :, rows_N], None
+        layers, two, _, *rest = self._all.shape
+        other._all, other.place_1 = self._all.new_empty(layers, two, len(rows_N), *rest), None
+        held = self._all[..., : self.length, :]  # behind it is what nobody wrote
+        other._all[..., : self.length, :] = held.index_select(2, rows_N)
         return other
 
     def blank(self) -> Cache:
