@@ -6,6 +6,7 @@ L  text tokens    D  text width    J  width of ITC's vectors
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
@@ -304,9 +305,11 @@ def _buckets(longest: Sequence[int], most: int) -> Iterator[slice]:
 
 
 def _groups(counts: Sequence[int], most: int) -> Iterator[slice]:
-    """Cut ascending counts into runs of equal ones that sum to at most `most`; one alone may be more."""
+    """Cut ascending counts into runs of equal ones that sum to at most `most`, none much shorter; one may be more."""
     start = 0
     while start < len(counts):
-        stop = min(start + max(1, most // counts[start]), bisect_right(counts, counts[start]))
-        yield slice(start, stop)
-        start = stop
+        end = bisect_right(counts, counts[start])
+        runs = math.ceil((end - start) / max(1, most // counts[start]))
+        for length in [(end - start + n) // runs for n in range(runs)]:
+            yield slice(start, start + length)
+            start += length
