@@ -278,7 +278,7 @@ def serve(name: str, k: int, directory: Path, arguments: argparse.Namespace, pip
             checkpoints.keep_freed_memory = lambda: None  # who uses transformers has none of it
             theirs = Theirs(directory, ours(), sampling)
             run = {"documented": theirs.documented, "hand-tuned": theirs.hand_tuned}[name]
-        run(Pictures(2, arguments.image_size))  # what is done once
+        run(pictures)  # what is done once, and takes the memory that later runs use
         pipe.send(None)
         while (what := pipe.recv()) is not None:
             gc.collect()
@@ -354,11 +354,9 @@ def eight_to_one(directory: Path, arguments: argparse.Namespace) -> dict[str, fl
     """The time of k = 8 as a multiple of k = 1's: the two in turn, for on a shared machine speeds drift."""
     sides = {k: Side("ours", k, directory, arguments) for k in (1, 8)}
     seconds: dict[int, list[float]] = {k: [] for k in sides}
-    for repeat in range(arguments.repeats + 1):
+    for repeat in range(arguments.repeats):
         for k in sides if repeat % 2 == 0 else reversed(sides):
-            took = sides[k].ask("run")
-            if repeat:  # the first takes the memory that the others use
-                seconds[k].append(took)
+            seconds[k].append(sides[k].ask("run"))
     for side in sides.values():
         side.end()
     ratio = spread([b / a for a, b in zip(seconds[1], seconds[8], strict=True)])

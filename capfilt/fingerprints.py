@@ -7,7 +7,6 @@ import json
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -110,11 +109,9 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
     """
     kept_out = spec.keep_out or KeepOut()
     classifier = kept_out.classifier
-    with ThreadPoolExecutor() as pool:
-        captioners, filters = list(pool.map(_identity, spec.captioners)), list(pool.map(_identity, spec.filters))
     caption = _digest(
         code=CAPTION_CODE,
-        captioners=captioners,
+        captioners=[_identity(card) for card in spec.captioners],
         sampling=spec.sampling.model_dump(mode="json"),
         max_pixels=spec.images.max_pixels,
         max_bytes=spec.images.max_bytes,
@@ -123,7 +120,7 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
     score = _digest(
         code=SCORE_CODE,
         caption=caption,
-        filters=filters,
+        filters=[_identity(card) for card in spec.filters],
         text_column=spec.input.columns.text,
         recorded_columns=[spec.input.columns.url, spec.input.columns.key],
         **_if_given(
