@@ -19,7 +19,8 @@ First the sides must agree: greedy captions token by token, and match probabilit
 matrix units for bfloat16 (AMX) ours multiplies float32 by way of three bfloat16 products (capfilt.models.split);
 `--no-split` keeps it from that.
 
-Ratios are medians over the repeats, with the smallest and largest. *Floor* counts the matrix products of ours (FLOPs, 2
+Every side first runs once without being timed: that takes the memory which the others use. Ratios are medians over the
+repeats, with the smallest and largest. *Floor* counts the matrix products of ours (FLOPs, 2
 for a multiply and add; a split product counts once) and gives their rate as a part of what torch's float32 product does
 with square matrices of side 2,048, measured between the repeats.
 

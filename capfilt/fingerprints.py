@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import socket
 from collections.abc import Callable, Iterator, Sequence
@@ -147,14 +148,14 @@ def run_fingerprints(spec: CurateSpec) -> Fingerprints:
 def files_seen(spec: CurateSpec) -> str:
     """What this machine says of the files of a spec's local checkpoints without reading them, as 16 hex digits.
 
-    Where it is what it was, on the same machine since the same start, nothing was written to them, so that their
-    fingerprints are what they were.
+    Where it is what it was, on the same machine since the same start, the system knows of nothing that was written to
+    them: their fingerprints are what they were. Each is opened: a network's file system then asks its server.
 
     Raises:
         CheckpointError: as :func:`fingerprint`.
     """
     files = [file.absolute() for checkpoint, listed in _local(spec) for file in listed(Path(checkpoint.path))]
-    looks = [(str(file), file.stat()) for file in files]
+    looks = [(str(file), _stat(file)) for file in files]
     try:
         start = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
     except OSError:  # not Linux
@@ -163,6 +164,11 @@ def files_seen(spec: CurateSpec) -> str:
         machine=[socket.gethostname(), start],
         files=[[name, s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns] for name, s in looks],
     )
+
+
+def _stat(file: Path) -> os.stat_result:
+    with file.open("rb") as opened:
+        return os.fstat(opened.fileno())
 
 
 def _local(spec: CurateSpec) -> Iterator[tuple[LocalCheckpoint, Callable[[Path], Sequence[Path]]]]:

@@ -332,11 +332,14 @@ def test_a_network_that_only_runs_is_the_same(
     loaded, run = (how(captioner_card(pair[0]), "cpu") for how in (load, load_to_run))
     images = torch.arange(3 * 32 * 32).reshape(1, 3, 32, 32).to(torch.uint8)
     torch.testing.assert_close(run.see(images), loaded.see(images), rtol=1e-4, atol=1e-4)
-    decoder = run.model.text_decoder
+    decoder, exact = run.model.text_decoder, loaded.model.text_decoder
     head = dict(decoder.cls.named_parameters(remove_duplicate=False))
     words = decoder.bert.embeddings.word_embeddings.weight
-    assert torch.equal(words, loaded.model.text_decoder.bert.embeddings.word_embeddings.weight)
+    assert torch.equal(words, exact.bert.embeddings.word_embeddings.weight)
     assert packs or head["predictions.decoder.weight"] is words
+    assert head["predictions.decoder.bias"] is head["predictions.bias"]
+    hidden = torch.linspace(-1, 1, words.shape[1])[None, None]
+    torch.testing.assert_close(decoder.logits(hidden), exact.logits(hidden), rtol=1e-4, atol=1e-4)
     assert not any(parameter.requires_grad for parameter in run.model.parameters())
 
 

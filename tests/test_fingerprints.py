@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -333,8 +334,9 @@ def of_local_checkpoints(directory: Path, tmp_path: Path) -> CurateSpec:
     return CurateSpec.model_validate(data)
 
 
+@pytest.mark.parametrize("role", ["captioner", "filter", "classifier"])
 def test_files_are_read_again_only_where_they_may_be_others(
-    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    role: str, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = of_local_checkpoints(checkpoint, tmp_path)
     job = Job(spec, run_fingerprints(spec), "run", files_seen=files_seen(spec))
@@ -347,15 +349,15 @@ def test_files_are_read_again_only_where_they_may_be_others(
     monkeypatch.setattr("capfilt.pipelines.job.run_fingerprints", counted)
     assert job.same_checkpoints()
     assert not readings
-    for number, role in enumerate(("captioner", "filter", "classifier")):
-        file = tmp_path / role / "model.safetensors"
-        content, seen = file.read_bytes(), file.stat()
-        file.write_bytes(content.swapcase())  # as many bytes, at the same time by the clock that anyone can set
-        os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))
-        assert not job.same_checkpoints()
-        file.write_bytes(content)  # what it was, but only reading tells
-        assert job.same_checkpoints()
-        assert len(readings) == 2 * (number + 1)
+    file = tmp_path / role / "model.safetensors"
+    content, seen = file.read_bytes(), file.stat()
+    time.sleep(0.05)  # some systems tell changes apart by a clock of few ticks
+    file.write_bytes(content.swapcase())  # as many bytes
+    os.utime(file, ns=(seen.st_atime_ns, seen.st_mtime_ns))  # by a clock that anyone can set, at the same time
+    assert not job.same_checkpoints()
+    file.write_bytes(content)  # what it was, but only reading tells
+    assert job.same_checkpoints()
+    assert len(readings) == 2
     assert Job(spec, job.fingerprints, "run").same_checkpoints()  # nothing is known of the files
     (tmp_path / "filter" / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"filter: neither tokenizer\.json"):

@@ -19,8 +19,8 @@ from stubs import load_hash, load_raising
 
 from capfilt.dataset import CuratedDataset
 from capfilt.decide import FilterScore, Text, as_stored, decide
-from capfilt.errors import CapfiltError, ErrorBudgetError, SpecError
-from capfilt.fingerprints import run_fingerprints
+from capfilt.errors import CapfiltError, CheckpointError, ErrorBudgetError, SpecError
+from capfilt.fingerprints import Fingerprints, files_seen, run_fingerprints
 from capfilt.fragments import Fragment, read_footer
 from capfilt.inputs import list_inputs
 from capfilt.models.tiny import write_tiny_pair
@@ -104,9 +104,21 @@ def test_pairs_hold_the_bytes_as_they_came_and_every_kept_text(tmp_path: Path, m
         assert (pair["width"], pair["height"], pair["format"]) == (24, 24, "JPEG")
 
 
-@pytest.mark.parametrize(("rows", "expected"), [(5, [5]), (8, [8]), (12, [6, 6]), (17, [6, 6, 5])])
-def test_batches_are_of_one_size(rows: int, expected: list[int], tmp_path: Path, make_spec: MakeSpec) -> None:
-    """Of at most 8 images; after full ones a small one would be left over, as dear as it is slow."""
+@pytest.mark.parametrize(
+    ("rows", "even", "full"),
+    [
+        (5, [5], [5]),
+        (8, [8], [8]),
+        (12, [6, 6], [8, 4]),
+        (17, [6, 6, 5], [8, 8, 1]),
+        (57, [8, 7, 7, 7, 7, 7, 7, 7], [8] * 7 + [1]),
+    ],
+)
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_batches_are_even(
+    rows: int, even: list[int], full: list[int], on_gpu: bool, tmp_path: Path, make_spec: MakeSpec
+) -> None:
+    """Of at most 8 images; after full ones a small one would be left over. A GPU is made ready for full ones."""
     write_shard(tmp_path / "in" / "0.parquet", [jpeg(i) for i in range(rows)])
     spec = make_spec()
     CuratedDataset.for_writing(spec.output, {}).register("run", {})
@@ -115,8 +127,34 @@ def test_batches_are_of_one_size(rows: int, expected: list[int], tmp_path: Path,
     worker = Worker(
         Job(spec, run_fingerprints(spec), "run"), load_hash, on_batch=lambda images, _seconds: sizes.append(images)
     )
+    worker.models()
+    worker._on_gpu = on_gpu
     worker.process(Fragment(file, read_footer(file, Columns(), {}).layout, 0, rows, rows))
-    assert sizes == expected
+    assert sizes == (full if on_gpu else even)
+
+
+def test_a_worker_reads_checkpoints_again_only_where_they_may_be_others(
+    tmp_path: Path, make_spec: MakeSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_shard(tmp_path / "in" / "0.parquet", [jpeg(0)])
+    roles = dict(zip(("captioner", "filter"), write_tiny_pair(tmp_path / "tiny"), strict=True))
+    local = {role: LocalCheckpoint(path=str(path)) for role, path in roles.items()}
+    spec = make_spec(
+        captioners=(CaptionerCard(role="captioner", name="c", checkpoint=local["captioner"], image_size=32),),
+        filters=(FilterCard(role="filter", name="f", checkpoint=local["filter"], image_size=32),),
+    )
+
+    def read_again(_spec: CurateSpec) -> Fingerprints:
+        raise AssertionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("capfilt.pipelines.job.run_fingerprints", read_again)
+        assert run(spec, load_models).counts.rows == 1  # the driver has read them
+    job = Job(spec, run_fingerprints(spec), "run", files_seen=files_seen(spec))
+    weights = roles["filter"] / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    with pytest.raises(CheckpointError, match="the checkpoints here are not those the driver has"):
+        Worker(job).models()
 
 
 def test_every_text_has_its_own_score_and_source(tmp_path: Path, make_spec: MakeSpec) -> None:

@@ -96,8 +96,9 @@ class Cache:
         other = copy.copy(self)
         layers, two, _, *rest = self._all.shape
         other._all, other.place_1 = self._all.new_empty(layers, two, len(rows_N), *rest), None
-        held = self._all[..., : self.length, :]  # behind it is what nobody wrote
-        other._all[..., : self.length, :] = held.index_select(2, rows_N)
+        for new, own in zip(other._all, self._all, strict=True):
+            held = own[..., : self.length, :]  # behind it is what nobody wrote
+            new[..., : self.length, :] = held.index_select(1, rows_N)
         return other
 
     def blank(self) -> Cache:

@@ -191,11 +191,11 @@ def load_to_run(card: CaptionerCard | FilterCard, device: str) -> Loaded[Any]:
         CheckpointError, SpecError: as :func:`load`.
     """
     on_cpu = torch.device(device).type == "cpu"
-    if on_cpu:
-        keep_freed_memory()
     loaded, borrowed = _load(card, device, borrow=on_cpu)
-    if on_cpu and loaded.dtype == torch.float32:
-        pack(loaded.model)
+    if on_cpu:
+        keep_freed_memory()  # not earlier: what a conversion takes goes back
+        if loaded.dtype == torch.float32:
+            pack(loaded.model)
     _own(loaded.model, borrowed)
     return loaded
 
@@ -213,11 +213,11 @@ class _Blank(TorchFunctionMode):
 
 def _own(network: nn.Module, borrowed: set[int]) -> None:
     """Copy what a network has borrowed and still holds; parameters that share memory go on to do so."""
-    copies: dict[int, nn.Parameter] = {}
+    copies: dict[tuple[Any, ...], nn.Parameter] = {}
     for module in network.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.untyped_storage().data_ptr() in borrowed:
-                at = parameter.data_ptr()
+                at = (parameter.data_ptr(), parameter.shape, parameter.stride())
                 if at not in copies:
                     copies[at] = nn.Parameter(parameter.clone(), requires_grad=False)
                 setattr(module, name, copies[at])

@@ -146,7 +146,7 @@ class Worker:
         self._models: Models | None = None
         self._batch_size = 1  # images that all models take, once they are loaded
         self._preparing: list[tuple[AnyCard, Preparing]] = []  # models that look at whole pictures
-        self._upload = Upload("cpu")
+        self._upload, self._on_gpu = Upload("cpu"), False
         self._load_lock = threading.Lock()
         self._device_lock = threading.Lock()
         self._turns = _Turns()
@@ -249,7 +249,7 @@ class Worker:
             from capfilt.models.classifier import Classifier
 
             self._classifier = Classifier(card, device)
-        self._upload = Upload(device)
+        self._upload, self._on_gpu = Upload(device), device == "cuda"
         self.attempts.load_ended()
         return captioners, filters
 
@@ -293,27 +293,32 @@ class Worker:
                 raise DeviceLostError(f"the device failed: {error}") from error
             raise
 
+    def _sizes(self, rows: int) -> deque[int]:
+        """Of a fragment's batches. On a CPU as even as can be; a GPU's step is recorded for full ones."""
+        full, rest = divmod(rows, self._batch_size)
+        if self._on_gpu:
+            return deque([self._batch_size] * full + [rest] * (rest > 0))
+        runs = full + (rest > 0)
+        return deque((rows + runs - 1 - n) // runs for n in range(runs))
+
     def _decoded(
         self, fragment: Fragment, before: _Before, seconds: dict[str, float]
     ) -> Iterator[tuple[list[Item], _Buffers]]:
         """Batches of rows in order, decoded ahead in threads, and buffers that hold the n-th row's pixels at [n]."""
-        count = max(1, fragment.rows)
-        size = math.ceil(count / math.ceil(count / self._batch_size))  # no small batch is left over
+        sizes = self._sizes(fragment.rows)
         waiting: deque[tuple[list[Future[tuple[Item, float]]], _Buffers]] = deque()
-        rows = read_rows(fragment, self.job.spec.input.storage_options, min(size, 32))
+        rows = read_rows(fragment, self.job.spec.input.storage_options, min(self._batch_size, 32))
         withdrawn = frozenset(fragment.withdrawn)
-        more = True
-        while more or waiting:
+        while sizes or waiting:
             begin = time.perf_counter()
-            while more and len(waiting) < AHEAD:
+            while sizes and len(waiting) < AHEAD:
                 buffers, batch = self._buffers(), []
-                for n, row in enumerate(itertools.islice(rows, size)):
+                for n, row in enumerate(itertools.islice(rows, sizes.popleft())):
                     slots = {side: buffer[n] for side, buffer in buffers.items()}
                     if row.row in withdrawn:
                         batch.append(self._pool.submit(_withdraw, row))
                     else:
                         batch.append(self._pool.submit(self._prepare, row, before.get(row.row), slots))
-                more = len(batch) == size
                 if batch:
                     waiting.append((batch, buffers))
             seconds["read"] += time.perf_counter() - begin

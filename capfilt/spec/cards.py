@@ -61,7 +61,7 @@ class LocalCard(Card):
     dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of weights and activations.")
     batch_size: BatchSize = Field(
         default="auto",
-        description="Images in one forward pass; `auto` is what a GPU's memory holds, up to 256, and 16 on a CPU.",
+        description="Images in one forward pass; `auto` is what a GPU's memory holds, up to 256, and 32 on a CPU.",
     )
     allow_pickle: bool = Field(
         default=False, description="Load pytorch_model.bin where no safetensors exist (weights only, still no code)."
