@@ -97,7 +97,8 @@ def _check_input(source: Input, output: str | None = None) -> tuple[str, Layout]
 
 
 def _check_cards(*cards: AnyCard | None) -> Iterator[str]:
-    from capfilt.weights import files_of, inspect
+    from capfilt.fingerprints import files_of
+    from capfilt.weights import inspect
 
     for card in cards:
         if isinstance(card, EndpointCard):

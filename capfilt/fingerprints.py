@@ -171,21 +171,14 @@ def _stat(file: Path) -> os.stat_result:
         return os.fstat(opened.fileno())
 
 
-def _local(spec: CurateSpec) -> Iterator[tuple[LocalCheckpoint, Callable[[Path], Sequence[Path]]]]:
+def _local(spec: CurateSpec) -> Iterator[tuple[LocalCheckpoint, Callable[[Path], list[Path]]]]:
     """Every checkpoint that is a directory, and what lists the files that matter in it."""
     cards: list[AnyCard | ClassifierCard] = [*spec.captioners, *spec.filters]
     if spec.keep_out and spec.keep_out.classifier:
         cards.append(spec.keep_out.classifier)
     for card in cards:
-        if isinstance(card, EndpointCard) or not isinstance(card.checkpoint, LocalCheckpoint):
-            continue
-        match card:
-            case CaptionerCard() | FilterCard():
-                yield card.checkpoint, checkpoint_files
-            case ClassifierCard():
-                yield card.checkpoint, classifier_files
-            case _:
-                yield card.checkpoint, model_files
+        if not isinstance(card, EndpointCard) and isinstance(card.checkpoint, LocalCheckpoint):
+            yield card.checkpoint, files_of(card)
 
 
 def with_withdrawn(decide: str, rows: Sequence[int]) -> str:
@@ -253,6 +246,13 @@ def fingerprint(
         with file.open("rb") as stream:
             whole.update(f"{file.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
     return f"sha256:{whole.hexdigest()}"
+
+
+def files_of(card: AnyCard | ClassifierCard) -> Callable[[Path], list[Path]]:
+    """Lists the files of a card's checkpoint; raises CheckpointError where a directory lacks one."""
+    if isinstance(card, ClassifierCard):
+        return classifier_files
+    return checkpoint_files if isinstance(card, CaptionerCard | FilterCard) else model_files
 
 
 def checkpoint_files(directory: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from capfilt.errors import CheckpointError, SpecError
-from capfilt.fingerprints import checkpoint_files, classifier_files, model_files, tokenizer_files, weight_files
+from capfilt.fingerprints import classifier_files, files_of, tokenizer_files, weight_files
 from capfilt.spec import (
     AnyCard,
     CaptionerCard,
@@ -119,11 +119,6 @@ def check_labels(card: ClassifierCard, known: Iterable[str]) -> None:
     known = list(known)
     if unknown := [label for label in card.labels if label not in known]:
         raise SpecError(f"keep_out.classifier.labels: {card.name} has no label {unknown[0]}; it has {', '.join(known)}")
-
-
-def files_of(card: AnyCard) -> Complete:
-    """Lists the files of a card's checkpoint; raises CheckpointError where a directory lacks one."""
-    return checkpoint_files if isinstance(card, CaptionerCard | FilterCard) else model_files
 
 
 def _check_patches(card: CaptionerCard | FilterCard, directory: Path) -> None:

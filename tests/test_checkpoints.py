@@ -347,7 +347,6 @@ def test_loading_does_not_import_the_compiler(pair: tuple[Path, Path]) -> None:
     """It takes a second of every worker's start, for weights that are drawn on the meta device, to no end."""
     script = f"""
 import sys
-from pathlib import Path
 from capfilt.models.checkpoints import load_to_run
 from capfilt.spec import CaptionerCard, LocalCheckpoint
 
